@@ -1,0 +1,402 @@
+"""The only autograd in the package: one layer's forward, its backward, and the derivatives of both.
+
+A layer is the input projection, one scan of the waist, and in the backward pass the matrix products
+that turn gate gradients into weight, bias and input gradients. ``Scan`` wraps it as one
+``torch.autograd.Function``; its backward is ``ScanBackward``, which is differentiable again by
+differentiating the reference on the saved inputs. Equations: docs/math.md.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_rnn import ops, reference
+from fused_rnn.reference import ENDED, RESET
+
+
+class LayerSpec(NamedTuple):
+    """What is static about a layer: everything but its tensors."""
+
+    cell: str  # lstm, gru or rnn
+    backend: str  # whose operators run it
+    reverse: tuple[bool, ...]  # one per stack entry
+    reset_after: bool = True  # GRU: r is applied after the recurrent product, as torch.nn does
+    relu: bool = False  # RNN: relu instead of tanh
+    keep_gates: bool = True  # keep the tape, or rebuild it before the backward scan
+    ragged: bool = False  # some rows may end early: flags has bit 0
+
+
+class LayerInputs(NamedTuple):
+    """The tensors of a layer, in the order of ``Scan.apply``.
+
+    x [T, B, I], or gates_x [T, B, S, G*H] where w_ih is None; w_ih [S, G*H, I];
+    w_hh [S, G*H, P]; b_ih, b_hh [S, G*H] or None; w_hr [S, P, H] or None; h0 [S, B, P];
+    c0 [S, B, H] (LSTM); flags uint8 [T, B] or None.
+    """
+
+    x: Tensor
+    w_ih: Tensor | None
+    w_hh: Tensor
+    b_ih: Tensor | None
+    b_hh: Tensor | None
+    w_hr: Tensor | None
+    h0: Tensor
+    c0: Tensor | None
+    flags: Tensor | None
+
+
+_DIFFERENTIABLE = LayerInputs._fields.index("flags")  # all inputs before flags
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[T, B, ...] as [T*B, ...]."""
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+def fold_bias(spec: LayerSpec, b_ih: Tensor | None, b_hh: Tensor | None, hidden: int):
+    """The biases as the waist takes them: one for gates_x [S, G*H], and b_hn [S, H] (GRU)."""
+    if b_hh is None:
+        return b_ih, None
+    b_hn = None
+    if spec.cell == "gru" and spec.reset_after:
+        b_hn = b_hh[:, 2 * hidden :]
+        b_hh = torch.nn.functional.pad(b_hh[:, : 2 * hidden], (0, hidden))
+    return (b_hh if b_ih is None else b_ih + b_hh), b_hn
+
+
+def _project(spec: LayerSpec, x: Tensor, w_ih: Tensor | None, bias: Tensor | None) -> Tensor:
+    """gates_x [T, B, S, G*H]: x W_ih^T + bias for the whole stack in one matrix product."""
+    if w_ih is None:
+        return x if bias is None else x + bias
+    steps, rows, size = x.shape
+    stack, width, _ = w_ih.shape
+    batch_first = not x.is_contiguous() and x.transpose(0, 1).is_contiguous()
+    x = x.transpose(0, 1) if batch_first else x
+    gates_x = ops.family(spec.backend)["matmul"](
+        _rows(x).unsqueeze(0),
+        w_ih.reshape(1, stack * width, size).mT,
+        None if bias is None else bias.reshape(1, stack * width),
+    )
+    if batch_first:
+        return gates_x.view(rows, steps, stack, width).transpose(0, 1)
+    return gates_x.view(steps, rows, stack, width)
+
+
+def forward(spec: LayerSpec, inputs: LayerInputs, training: bool) -> tuple[Tensor, ...]:
+    """Run a layer: (y, h_n, c_n, cells, gates) for the LSTM, (y, h_n, gates) for the GRU,
+    (y, h_n) for the RNN; without cells and gates when not ``training``."""
+    x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, flags = inputs
+    bias, b_hn = fold_bias(spec, b_ih, b_hh, w_hh.shape[2])
+    gates_x = _project(spec, x, w_ih, bias)
+    op, reverse = ops.family(spec.backend), spec.reverse
+    if spec.cell == "lstm":
+        if training:
+            return op["lstm_forward"](
+                gates_x, w_hh, w_hr, h0, c0, flags, reverse, spec.keep_gates
+            )
+        return op["lstm_inference"](gates_x, w_hh, w_hr, h0, c0, flags, reverse)
+    if spec.cell == "gru":
+        if training:
+            return op["gru_forward"](
+                gates_x, w_hh, b_hn, h0, flags, reverse, spec.reset_after, spec.keep_gates
+            )
+        return op["gru_inference"](gates_x, w_hh, b_hn, h0, flags, reverse, spec.reset_after)
+    return op["rnn_forward"](gates_x, w_hh, h0, flags, reverse, spec.relu)
+
+
+def reference_forward(spec: LayerSpec, inputs: LayerInputs) -> tuple[Tensor, ...]:
+    """The differentiable outputs of ``forward`` by the reference, in the arithmetic dtype of the
+    waist: (y, h_n, c_n, cells) for the LSTM, (y, h_n) for the others; y and h_n in w_hh's dtype."""
+    io = inputs.w_hh.dtype
+    acc = ops.ACC_DTYPE[io]
+    cast = (None if t is None else t.to(acc) for t in inputs[:_DIFFERENTIABLE])
+    x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0 = cast
+    bias, b_hn = fold_bias(spec, b_ih, b_hh, w_hh.shape[2])
+    if w_ih is not None:
+        x = torch.einsum("tbi,sgi->tbsg", x, w_ih)
+    gates_x = x if bias is None else x + bias
+    common = {"flags": inputs.flags, "reverse": spec.reverse}
+    if spec.cell == "lstm":
+        y, h_n, *cells = reference.lstm_scan(gates_x, w_hh, h0, c0, w_hr=w_hr, **common)
+    elif spec.cell == "gru":
+        y, h_n, *cells = reference.gru_scan(
+            gates_x, w_hh, h0, b_hn=b_hn, reset_after=spec.reset_after, **common
+        )
+    else:
+        y, h_n, *cells = reference.rnn_scan(gates_x, w_hh, h0, relu=spec.relu, **common)
+    return (y.to(io), h_n.to(io), *cells)
+
+
+def _entering(spec: LayerSpec, states: Tensor, s0: Tensor, flags: Tensor | None) -> Tensor:
+    """The state that enters each step: states after each step [T, B, S, P], s0 [S, B, P]
+    -> [T, B, S, P] in the states' dtype."""
+    s0 = s0.to(states.dtype)
+    parts = []
+    for s, reverse in enumerate(spec.reverse):
+        own, first = states[:, :, s], s0[s].unsqueeze(0)
+        if reverse:
+            part = torch.cat((own[1:], first))
+            if flags is not None:  # the step processed before t is t + 1
+                before = flags[1:].unsqueeze(-1)
+                inner = torch.where(before & RESET != 0, 0, part[:-1])
+                inner = torch.where(before & ENDED != 0, first, inner)
+                part = torch.cat((inner, first))
+        else:
+            part = torch.cat((first, own[:-1]))
+            if flags is not None:
+                part = torch.where(flags.unsqueeze(-1) & RESET != 0, 0, part)
+        parts.append(part)
+    return parts[0].unsqueeze(2) if len(parts) == 1 else torch.stack(parts, 2)
+
+
+def _rebuild_gates(spec: LayerSpec, inputs: LayerInputs, h_prev: Tensor | None) -> Tensor:
+    """The tape [T, B, S, K*H] from the layer's inputs and outputs, all steps at once."""
+    x, w_ih, w_hh, b_ih, b_hh, _, _, _, flags = inputs
+    size = w_hh.shape[2]
+    bias, b_hn = fold_bias(spec, b_ih, b_hh, size)
+    gates_x = _project(spec, x, w_ih, bias)
+
+    def recurrent(h: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        """h [T, B, S, P] times w [S, N, P]^T -> [T, B, S, N]."""
+        product = ops.family(spec.backend)["matmul"](_rows(h).transpose(0, 1), w.mT, b)
+        return product.transpose(0, 1).reshape(*h.shape[:3], w.shape[1])
+
+    if spec.cell == "lstm":
+        return torch.cat(reference.lstm_activate(gates_x + recurrent(h_prev, w_hh)), -1)
+    w_rz, w_n = w_hh[:, : 2 * size], w_hh[:, 2 * size :]
+    gates_h = recurrent(h_prev, w_rz)
+    if spec.reset_after:
+        hn = recurrent(h_prev, w_n, b_hn)
+        return torch.cat((*reference.gru_activate(gates_x, gates_h, hn), hn), -1)
+    rz = torch.sigmoid(gates_x[..., : 2 * size] + gates_h)
+    hn = recurrent(rz[..., :size] * h_prev, w_n)
+    return torch.cat((rz, torch.tanh(gates_x[..., 2 * size :] + hn)), -1)
+
+
+def backward(
+    spec: LayerSpec,
+    wanted: tuple[bool, ...],
+    grads: tuple[Tensor | None, ...],
+    inputs: LayerInputs,
+    tape: tuple[Tensor, ...],
+) -> LayerInputs:
+    """Gradients of a layer's inputs, None where not ``wanted``.
+
+    ``grads`` are those of ``forward``'s differentiable outputs, ``tape`` is (y, cells, gates) for
+    the LSTM, (y, gates) for the GRU and (y,) for the RNN.
+    """
+    op, reverse, flags = ops.family(spec.backend), spec.reverse, inputs.flags
+    want = LayerInputs(*wanted, False)
+    w_hh = inputs.w_hh
+    y, size = tape[0], w_hh.shape[2]
+    rebuild = spec.cell != "rnn" and not spec.keep_gates
+    h_prev = None
+    if want.w_hh or rebuild:
+        h_prev = _entering(spec, y, inputs.h0, flags)
+    gates = _rebuild_gates(spec, inputs, h_prev) if rebuild else tape[-1]
+
+    dc0 = dh = dgates_hn = None
+    if spec.cell == "lstm":
+        dgates, dh0, dc0, dh = op["lstm_backward"](
+            *grads, w_hh, inputs.w_hr, inputs.c0, tape[1], gates, flags, reverse
+        )
+    elif spec.cell == "gru":
+        dgates, dgates_hn, dh0 = op["gru_backward"](
+            *grads, w_hh, inputs.h0, y, gates, flags, reverse, spec.reset_after
+        )
+    else:
+        dgates, dh0 = op["rnn_backward"](*grads, w_hh, y, flags, reverse, spec.relu)
+
+    def over_steps(left: Tensor, right: Tensor) -> Tensor:
+        """sum over t, b of left [T, B, S, M] outer right [T, B, S, N] -> [S, M, N]."""
+        return op["matmul"](_rows(left).permute(1, 2, 0), _rows(right).transpose(0, 1), None)
+
+    def summed(values: Tensor) -> Tensor:
+        """sum over t, b of [T, B, S, N] -> [S, N], in the same bits for any number of threads."""
+        rows = _rows(values).flatten(1).unsqueeze(0)  # [1, T*B, S*N]
+        ones = rows.new_ones(()).expand(1, 1, rows.shape[1])
+        return op["matmul"](ones, rows, None).view(values.shape[2:])
+
+    dx = dw_ih = dw_hh = db_ih = db_hh = dw_hr = None
+    after = spec.cell == "gru" and spec.reset_after
+    x, w_ih = inputs.x, inputs.w_ih
+    if want.x:
+        if w_ih is None:
+            dx = dgates
+        else:
+            dx = op["matmul"](
+                _rows(dgates).flatten(1).unsqueeze(0), w_ih.flatten(0, 1).unsqueeze(0), None
+            ).view(x.shape)
+    if want.w_ih:
+        if spec.ragged:  # whatever lies in the padding must not meet a zero gradient: 0 * inf
+            x = torch.where(flags.unsqueeze(-1) & ENDED != 0, 0, x)
+        dw_ih = over_steps(dgates.flatten(2).unsqueeze(2), x.unsqueeze(2)).view(w_ih.shape)
+    if want.w_hh:
+        if spec.cell == "gru":
+            d_n = dgates_hn if after else dgates[..., 2 * size :]
+            n_operand = h_prev if after else gates[..., :size] * h_prev
+            d_rz = dgates[..., : 2 * size]
+            dw_hh = torch.cat((over_steps(d_rz, h_prev), over_steps(d_n, n_operand)), 1)
+        else:
+            dw_hh = over_steps(dgates, h_prev)
+    if want.b_ih or want.b_hh:
+        db_ih = db_hh = summed(dgates)
+        if want.b_hh and after:
+            db_hh = torch.cat((db_ih[:, : 2 * size], summed(dgates_hn)), 1)
+    if want.w_hr:
+        o = gates[..., 3 * tape[1].shape[3] :]
+        dw_hr = over_steps(dh, o * torch.tanh(tape[1]))
+
+    results = LayerInputs(dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dh0, dc0, None)
+    return LayerInputs(
+        *(
+            grad.to(given.dtype) if needed and grad is not None else None
+            for grad, given, needed in zip(results, inputs, want, strict=True)
+        )
+    )
+
+
+def _substitute(run, inputs, places):
+    """``run(list of tensors)`` as a function of the tensors at ``places`` alone."""
+
+    def function(*chosen):
+        given = list(inputs)
+        for k, tensor in zip(places, chosen, strict=True):
+            given[k] = tensor
+        return run(given)
+
+    return function, tuple(inputs[k] for k in places)
+
+
+def _vjp(run, inputs, places, cotangents):
+    """Gradients of ``run(inputs) -> outputs`` at ``places``; a cotangent of None is zero."""
+    outputs, pull = torch.func.vjp(*_flatten(_substitute(run, inputs, places)))
+    return pull(
+        tuple(
+            torch.zeros_like(out) if c is None else c.to(out.dtype)
+            for out, c in zip(outputs, cotangents, strict=True)
+        )
+    )
+
+
+def _jvp(run, inputs, tangents):
+    """J u as the gradient of v -> v^T J, which is linear, at u: two reverse passes."""
+    places = [k for k, t in enumerate(tangents) if t is not None]
+    outputs, pull = torch.func.vjp(*_flatten(_substitute(run, inputs, places)))
+    _, pull_twice = torch.func.vjp(pull, tuple(torch.zeros_like(out) for out in outputs))
+    (found,) = pull_twice(tuple(tangents[k] for k in places))
+    return found
+
+
+def _flatten(pair):
+    return pair[0], *pair[1]
+
+
+_OUTPUTS = {"lstm": 4, "gru": 2, "rnn": 2}  # differentiable outputs of forward
+
+
+def _run_forward(spec):
+    """The reference forward as a function of a list of LayerInputs' tensors."""
+    return lambda given: reference_forward(spec, LayerInputs(*given))
+
+
+def _run_backward(spec, wanted):
+    """The wanted gradients by the reference, as a function of [*grads, *inputs]: differentiable
+    any number of times."""
+    places = [k for k, needed in enumerate(wanted) if needed]
+    count = _OUTPUTS[spec.cell]
+    return lambda given: _vjp(_run_forward(spec), given[count:], places, given[:count])
+
+
+class ScanBackward(torch.autograd.Function):
+    """The backward of a layer, itself differentiable.
+
+    apply(spec, wanted, *grads, *inputs, *tape) -> the wanted gradients.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(spec, wanted, *tensors):
+        first = _OUTPUTS[spec.cell]
+        last = first + len(LayerInputs._fields)
+        results = backward(
+            spec, wanted, tensors[:first], LayerInputs(*tensors[first:last]), tensors[last:]
+        )
+        return tuple(g for g, needed in zip(results, wanted, strict=False) if needed)
+
+    @staticmethod
+    def setup_context(ctx, args, output):
+        ctx.spec, ctx.wanted, *tensors = args
+        ctx.count = len(tensors)
+        tensors = tensors[: _OUTPUTS[ctx.spec.cell] + len(LayerInputs._fields)]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        saved = ctx.saved_tensors
+        needs = ctx.needs_input_grad[2 : 2 + len(saved)]
+        places = [k for k, needed in enumerate(needs) if needed and saved[k] is not None]
+        found = _vjp(_run_backward(ctx.spec, ctx.wanted), saved, places, cotangents)
+        results: list = [None] * (2 + ctx.count)
+        for k, grad in zip(places, found, strict=True):
+            results[2 + k] = grad
+        return tuple(results)
+
+
+class Scan(torch.autograd.Function):
+    """One layer with gradients: apply(spec, *LayerInputs) -> ``forward``'s training outputs."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(spec, *tensors):
+        return forward(spec, LayerInputs(*tensors), training=True)
+
+    @staticmethod
+    def setup_context(ctx, args, output):
+        ctx.spec, *inputs = args
+        ctx.set_materialize_grads(False)
+        y, _, *rest = output
+        tape = (y, *rest[-2:]) if ctx.spec.cell == "lstm" else (y, *rest)
+        if ctx.spec.cell != "rnn":
+            ctx.mark_non_differentiable(rest[-1])
+        ctx.save_for_backward(*inputs, *tape)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        spec, count = ctx.spec, len(LayerInputs._fields)
+        inputs, tape = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        wanted = tuple(ctx.needs_input_grad[1 : 1 + _DIFFERENTIABLE])
+        function = ForwardModeScanBackward if forward_mode() else ScanBackward
+        found = iter(function.apply(spec, wanted, *grads[: _OUTPUTS[spec.cell]], *inputs, *tape))
+        return (None, *(next(found) if needed else None for needed in wanted), None)
+
+
+# Forward mode has classes of its own, because Dynamo refuses a Function with a jvp.
+
+
+class ForwardModeScanBackward(ScanBackward):
+    """``ScanBackward`` with forward-mode derivatives (forward over reverse)."""
+
+    @staticmethod
+    def jvp(ctx, _spec, _wanted, *tangents):
+        saved = ctx.saved_tensors
+        return _jvp(_run_backward(ctx.spec, ctx.wanted), saved, tangents[: len(saved)])
+
+
+class ForwardModeScan(Scan):
+    """``Scan`` with forward-mode derivatives."""
+
+    @staticmethod
+    def jvp(ctx, _spec, *tangents):
+        found = _jvp(_run_forward(ctx.spec), ctx.saved_tensors, tangents)
+        return found if ctx.spec.cell == "rnn" else (*found, None)
+
+
+def forward_mode() -> bool:
+    """Whether a forward-mode derivative is being taken."""
+    return torch.autograd.forward_ad._current_level >= 0

@@ -1,0 +1,176 @@
+"""The table of backends: where each runs, why it is unavailable, and which one a call gets."""
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from fused_rnn.ops import ACC_DTYPE
+
+REMEDY = (
+    "build it with a C++ compiler: `pip install --no-build-isolation .` in the source tree,"
+    " or install a wheel of fused_rnn for this platform"
+)
+
+
+class Request(NamedTuple):
+    """What decides which backend can run a layer."""
+
+    cell: str  # lstm, gru or rnn
+    device: str  # device type
+    dtype: torch.dtype
+    reverse: tuple[bool, ...] = (False,)
+    flags: bool = False  # lengths or reset given
+    cells: bool = False  # all cell states asked for
+    reset_after: bool = True
+    projected_input: bool = False  # gates_x given instead of x
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of the table.
+
+    ``unavailable()`` is None or the reason and remedy; ``refuses(request)`` is None or the reason.
+    """
+
+    name: str
+    description: str
+    unavailable: Callable[[], str | None]
+    refuses: Callable[[Request], str | None]
+
+
+def _load_extension() -> str | None:
+    """Load the C++ extension, which registers the CPU operators: None, or why it cannot be."""
+    try:
+        import fused_rnn._C  # noqa: F401
+    except (ImportError, OSError) as error:
+        return f"the C++ extension fused_rnn._C could not be loaded ({error}); {REMEDY}"
+    return None
+
+
+_extension_missing = _load_extension()
+
+
+def _cpu_refuses(request: Request) -> str | None:
+    if request.device != "cpu":
+        return f"it runs on CPU tensors, the input is on {request.device}; move the module and input"
+    return None
+
+
+def _torch_refuses(request: Request) -> str | None:
+    if request.flags:
+        return "torch.nn's path has no lengths or reset"
+    if request.cells:
+        return "torch.nn's path does not return all cell states"
+    if not request.reset_after:
+        return "torch.nn's GRU is reset-after only"
+    if request.projected_input:
+        return "torch.nn's path computes the input projection itself (w_ih is required)"
+    if request.reverse not in ((False,), (False, True)):
+        return f"torch.nn's path has reverse=(False,) or (False, True) only, got {request.reverse}"
+    return None
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("cpu", "C++ SIMD scans", lambda: _extension_missing, _cpu_refuses),
+        Backend("torch", "torch.nn's own path", lambda: None, _torch_refuses),
+        Backend("reference", "plain PyTorch loop", lambda: None, lambda request: None),
+    )
+}
+AUTO = "auto"  # the order of BACKENDS is the order of the automatic choice
+
+
+def _known(name: str, source: str) -> str:
+    if name != AUTO and name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {[AUTO, *BACKENDS]}, got {name!r}")
+    return name
+
+
+_selected = _known(os.environ.get("FUSED_RNN_BACKEND", AUTO) or AUTO, "FUSED_RNN_BACKEND")
+
+
+class use_backend:
+    """Run layers on the named backend: a setter, and a context manager that restores.
+
+    name: a key of ``available_backends()``, or "auto" (the default), which chooses for each call.
+    An explicit backend never falls back: a call it cannot run raises RuntimeError. The setting is
+    the process's; the environment variable FUSED_RNN_BACKEND gives its first value.
+
+    Raises ValueError for an unknown name, RuntimeError for an unavailable backend.
+
+    >>> with use_backend("reference"):
+    ...     current_backend()
+    'reference'
+    """
+
+    def __init__(self, name: str):
+        global _selected
+        if _known(name, "name") != AUTO and (reason := BACKENDS[name].unavailable()):
+            raise RuntimeError(f"backend {name!r} is unavailable: {reason}")
+        self._previous = _selected
+        _selected = name
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        global _selected
+        _selected = self._previous
+
+
+def current_backend() -> str:
+    """The name set by ``use_backend`` or FUSED_RNN_BACKEND; "auto" by default."""
+    return _selected
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend's name with None where it is available, or the reason and remedy."""
+    return {name: backend.unavailable() for name, backend in BACKENDS.items()}
+
+
+def why_not(name: str, request: Request) -> str | None:
+    """Why the named backend cannot run the request, or None where it can."""
+    if request.dtype not in ACC_DTYPE:
+        return f"dtype {request.dtype} is not one of {[str(d) for d in ACC_DTYPE]}"
+    return BACKENDS[name].unavailable() or BACKENDS[name].refuses(request)
+
+
+_warned = False
+
+
+def _warn_once(request: Request, chosen: str) -> None:
+    global _warned
+    if not _warned and request.device == "cpu" and not torch.compiler.is_compiling():
+        _warned = True
+        warnings.warn(
+            f"fused_rnn runs on its {chosen!r} backend, not at its speed: {_extension_missing}",
+            stacklevel=2,
+        )
+
+
+def choose(request: Request, name: str | None = None) -> str:
+    """The backend for a request: the named or selected one, or the first that takes it.
+
+    Raises RuntimeError when an explicit backend cannot take it, naming those that can.
+    """
+    name = _selected if name is None else _known(name, "backend")
+    if name != AUTO:
+        reason = why_not(name, request)
+        if reason is None:
+            return name
+        others = [other for other in BACKENDS if why_not(other, request) is None]
+        raise RuntimeError(
+            f"backend {name!r} cannot run this {request.cell}: {reason}."
+            f" What would: {', '.join(others) or 'none'}"
+        )
+    for name in BACKENDS:
+        if why_not(name, request) is None:
+            if _extension_missing is not None:
+                _warn_once(request, name)
+            return name
+    raise RuntimeError(f"no backend can run this {request.cell}: {why_not('reference', request)}")

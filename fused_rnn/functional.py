@@ -1,0 +1,523 @@
+"""lstm(), gru() and rnn() on tensors: validation, backend choice, one layer at a time."""
+
+import torch
+from torch import Tensor
+
+from fused_rnn import autograd, backends
+from fused_rnn.autograd import LayerInputs, LayerSpec
+from fused_rnn.ops import ACC_DTYPE, GATES
+from fused_rnn.reference import ENDED, RESET
+
+TAPES = ("keep", "recompute")
+
+
+def make_flags(
+    steps: int, device: torch.device, lengths: Tensor | None, reset: Tensor | None
+) -> Tensor | None:
+    """The waist's flags uint8 [T, B] from lengths [B] and reset bool [T, B], without a host
+    synchronisation."""
+    flags = None
+    if lengths is not None:
+        lengths = lengths.to(device, non_blocking=True)
+        ended = torch.arange(steps, device=device).unsqueeze(1) >= lengths
+        flags = ended.to(torch.uint8) * ENDED
+    if reset is not None:
+        segments = reset.to(device, torch.uint8, non_blocking=True) * RESET
+        flags = segments if flags is None else flags | segments
+    return flags
+
+
+def check_lengths(lengths: Tensor, steps: int, rows: int) -> None:
+    """Raise unless lengths is an integer tensor [B] with values in 0..T. Values on another device
+    than the CPU are checked there, asynchronously."""
+    if not isinstance(lengths, Tensor):
+        raise TypeError(
+            f"lengths must be an integer tensor [B], got {type(lengths).__name__};"
+            " wrap it: torch.tensor(lengths)"
+        )
+    if lengths.dtype == torch.bool or lengths.is_floating_point() or lengths.is_complex():
+        raise TypeError(f"lengths must have an integer dtype, got {lengths.dtype}")
+    if lengths.dim() != 1 or lengths.shape[0] != rows:
+        raise ValueError(
+            f"lengths must have shape [B] = [{rows}], got {list(lengths.shape)}"
+        )
+    if torch.compiler.is_compiling() or _is_transformed(lengths):
+        return
+    valid = ((lengths >= 0) & (lengths <= steps)).all()
+    if lengths.device.type == "cpu":
+        if not valid:
+            raise ValueError(
+                f"lengths must be between 0 and T = {steps}, got {int(lengths.min())} to"
+                f" {int(lengths.max())}"
+            )
+    elif lengths.device.type == "cuda":
+        torch._assert_async(valid, f"lengths must be between 0 and T = {steps}")
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    """Whether the values cannot be read: under torch.func transforms or as a fake tensor."""
+    return type(tensor) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def check_reset(reset: Tensor, shape: tuple[int, int], layout: str) -> None:
+    """Raise unless reset is a bool tensor of this shape; layout names it, "[T, B]" or "[B, T]"."""
+    if not isinstance(reset, Tensor):
+        raise TypeError(f"reset must be a bool tensor {layout}, got {type(reset).__name__}")
+    if reset.dtype != torch.bool:
+        raise TypeError(f"reset must have dtype torch.bool, got {reset.dtype}; use reset.bool()")
+    if tuple(reset.shape) != tuple(shape):
+        raise ValueError(
+            f"reset must have shape {layout} = {list(shape)}, got {list(reset.shape)}"
+        )
+
+
+def _same_device(inputs: LayerInputs) -> None:
+    device = inputs.x.device
+    for state in (inputs.h0, inputs.c0):
+        if state is not None and state.device != device:
+            raise RuntimeError(
+                "Input and hidden tensors are not at the same device, found input tensor at"
+                f" {device} and hidden tensor at {state.device}"
+            )
+    for weight in (inputs.w_ih, inputs.w_hh, inputs.b_ih, inputs.b_hh, inputs.w_hr):
+        if weight is not None and weight.device != device:
+            raise RuntimeError(
+                "Input and parameter tensors are not at the same device, found input tensor at"
+                f" {device} and parameter tensor at {weight.device}"
+            )
+
+
+def _same_dtype(inputs: LayerInputs) -> None:
+    dtype = inputs.w_hh.dtype
+    for name, tensor in zip(LayerInputs._fields, inputs, strict=True):
+        if tensor is not None and name != "flags" and tensor.dtype != dtype:
+            name = {"h0": "hx", "c0": "cx", "x": "input"}.get(name, name)
+            raise RuntimeError(
+                f"expected all tensors in one dtype: {name} is {tensor.dtype}, weights are {dtype}"
+            )
+
+
+def _autocast(inputs: LayerInputs, low: torch.dtype, wide: bool) -> LayerInputs:
+    """Cast the floating tensors to the low dtype; ``wide`` rounds to it and goes on in float32."""
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+            return tensor
+        return tensor.to(low).float() if wide else tensor.to(low)
+
+    return LayerInputs(*(cast(t) for t in inputs))
+
+
+def _needs_gradient(inputs: LayerInputs) -> bool:
+    if autograd.forward_mode():
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+
+
+def _torch_layer(cell: str, inputs: LayerInputs, stack: int, relu: bool):
+    """One layer by torch.nn's own path (oneDNN, cuDNN, ...)."""
+    weights = []
+    for s in range(stack):
+        entry = (inputs.w_ih, inputs.w_hh, inputs.b_ih, inputs.b_hh, inputs.w_hr)
+        weights += [w[s] for w in entry if w is not None]
+    bias = inputs.b_ih is not None
+    common = (weights, bias, 1, 0.0, torch.is_grad_enabled(), stack == 2, False)
+    x, h0 = inputs.x.contiguous(), inputs.h0.contiguous()
+    if cell == "lstm":
+        y, h_n, c_n = torch._VF.lstm(x, (h0, inputs.c0.contiguous()), *common)
+    else:
+        path = {"gru": torch._VF.gru, "rnn": torch._VF.rnn_relu if relu else torch._VF.rnn_tanh}
+        y, h_n = path[cell](x, h0, *common)
+        c_n = None
+    return y.unflatten(-1, (stack, h_n.shape[-1])), h_n, c_n, None
+
+
+def run_layer(
+    cell: str,
+    inputs: LayerInputs,
+    reverse: tuple[bool, ...],
+    *,
+    single_step: bool = False,
+    **options,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """One layer on checked shapes: (y [T, B, S, P], h_n, c_n, cells), the last two None where the
+    cell has none or ``return_cells`` is false. Casts under autocast as torch.nn does, whose
+    ``single_step`` cells differ from its layers. ``options`` are those of ``_run_layer``."""
+    device = inputs.x.device.type
+    if torch.is_autocast_enabled(device):
+        low = torch.get_autocast_dtype(device)
+        # torch.nn on the CPU takes the products of its GRU and LSTMCell in the low dtype and
+        # returns float32; its projected LSTM returns c_n alone in float32.
+        wide = device == "cpu" and (cell == "gru" or (cell == "lstm" and single_step))
+        state = torch.float32 if device == "cpu" and inputs.w_hr is not None else None
+        with torch.autocast(device, enabled=False):
+            return _run_layer(
+                cell, _autocast(inputs, low, wide), reverse, state_dtype=state, **options
+            )
+    return _run_layer(cell, inputs, reverse, **options)
+
+
+def _run_layer(
+    cell: str,
+    inputs: LayerInputs,
+    reverse: tuple[bool, ...],
+    *,
+    ragged: bool = False,
+    tape: str = "keep",
+    return_cells: bool = False,
+    reset_after: bool = True,
+    relu: bool = False,
+    backend: str | None = None,
+    state_dtype: torch.dtype | None = None,
+):
+    w_hh = inputs.w_hh
+    io = w_hh.dtype
+    _same_device(inputs)
+    _same_dtype(inputs)
+    request = backends.Request(
+        cell,
+        inputs.x.device.type,
+        io,
+        reverse,
+        inputs.flags is not None,
+        return_cells,
+        reset_after,
+        inputs.w_ih is None,
+    )
+    name = backends.choose(request, backend)
+    if name == "torch":
+        return _torch_layer(cell, inputs, len(reverse), relu)
+    keep = tape == "keep"
+    spec = LayerSpec(cell, name, reverse, reset_after, relu, keep, ragged)
+    if name == "reference":
+        outputs = autograd.reference_forward(spec, inputs)
+    elif _needs_gradient(inputs):
+        function = autograd.ForwardModeScan if autograd.forward_mode() else autograd.Scan
+        outputs = function.apply(spec, *inputs)
+    else:
+        spec = spec._replace(keep_gates=False)
+        outputs = autograd.forward(spec, inputs, training=return_cells)
+    if cell != "lstm":
+        return outputs[0], outputs[1], None, None
+    y, h_n, c_n, cells = outputs[:4] if len(outputs) > 3 else (*outputs, None)
+    return y, h_n, c_n.to(state_dtype or io), cells.to(io) if return_cells else None
+
+
+# The public functions: stacked or single weights in, validated, one call of run_layer.
+
+
+def _shape_error(name: str, got: Tensor, wants: str) -> ValueError:
+    return ValueError(f"{name} must have shape {wants}, got {list(got.shape)}")
+
+
+def _expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], wants: str) -> None:
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tuple(tensor.shape) != shape:
+        raise _shape_error(name, tensor, f"{wants} = {list(shape)}")
+
+
+def _layer(
+    cell: str,
+    input: Tensor,
+    hx,
+    w_ih: Tensor | None,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    *,
+    w_hr: Tensor | None = None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    reverse,
+    batch_first: bool,
+    tape: str,
+    **options,
+):
+    """Validate, add the stack axis where the weights have none, and run one layer."""
+    gates = GATES[cell]
+    for name, tensor in (("input", input), ("w_hh", w_hh)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tape not in TAPES:
+        raise ValueError(f"tape must be one of {TAPES}, got {tape!r}")
+    if w_hh.dtype not in ACC_DTYPE:
+        raise ValueError(f"w_hh must be one of {[str(d) for d in ACC_DTYPE]}, got {w_hh.dtype}")
+    if w_hh.dim() not in (2, 3):
+        raise _shape_error("w_hh", w_hh, f"[{gates}*H, P] or [S, {gates}*H, P]")
+    single = w_hh.dim() == 2
+    if single:
+        w_ih, w_hh, b_ih, b_hh, w_hr = (
+            t.unsqueeze(0) if isinstance(t, Tensor) else t for t in (w_ih, w_hh, b_ih, b_hh, w_hr)
+        )
+    stack, width, proj = w_hh.shape
+    hidden, axes = width // gates, "" if single else "S, "
+    lead = (stack,)
+    if width != gates * hidden or hidden == 0 or (w_hr is None and proj != hidden):
+        raise _shape_error("w_hh", w_hh, f"[{axes}{gates}*H, H] with H > 0")
+    _expect("w_hr", w_hr, (*lead, proj, hidden), f"[{axes}P, H]")
+    reverse = (reverse,) * stack if isinstance(reverse, bool) else tuple(reverse)
+    if len(reverse) != stack or not all(isinstance(r, bool) for r in reverse):
+        raise ValueError(f"reverse must be a bool or {stack} bools, got {reverse}")
+
+    x_axes = "B, T" if batch_first else "T, B"
+    if w_ih is None:
+        rank, wants = (3 if single else 4), f"[{x_axes}, {axes}{gates}*H]"
+    else:
+        rank, wants = 3, f"[{x_axes}, I]"
+    if input.dim() != rank:
+        raise _shape_error("input", input, wants)
+    x = input.transpose(0, 1) if batch_first else input
+    steps, rows = x.shape[:2]
+    if w_ih is None:
+        x = x.unsqueeze(2) if single else x
+        if tuple(x.shape[2:]) != (stack, width):
+            raise _shape_error("input", input, f"{wants} with {gates}*H = {width}")
+    else:
+        _expect("w_ih", w_ih, (*lead, width, x.shape[2]), f"[{axes}{gates}*H, I]")
+    _expect("b_ih", b_ih, (*lead, width), f"[{axes}{gates}*H]")
+    _expect("b_hh", b_hh, (*lead, width), f"[{axes}{gates}*H]")
+    if steps == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+    sizes = (proj, hidden) if cell == "lstm" else (proj,)
+    if hx is None:
+        states = [x.new_zeros((stack, rows, size), dtype=w_hh.dtype) for size in sizes]
+    else:
+        states = list(hx) if cell == "lstm" else [hx]
+        if len(states) != len(sizes):
+            raise ValueError(f"hx must be a pair (h0, c0), got {len(states)} values")
+        for k, (name, letter, size) in enumerate(zip(("h0", "c0"), "PH", sizes, strict=False)):
+            if not isinstance(states[k], Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(states[k]).__name__}")
+            if single:
+                _expect(name, states[k], (rows, size), f"[B, {letter}]")
+                states[k] = states[k].unsqueeze(0)
+            else:
+                _expect(name, states[k], (stack, rows, size), f"[S, B, {letter}]")
+    if lengths is not None:
+        check_lengths(lengths, steps, rows)
+    if reset is not None:
+        check_reset(reset, (rows, steps) if batch_first else (steps, rows), f"[{x_axes}]")
+        reset = reset.t() if batch_first else reset
+    flags = make_flags(steps, x.device, lengths, reset)
+
+    inputs = LayerInputs(
+        x, w_ih, w_hh, b_ih, b_hh, w_hr, states[0], states[1] if len(states) == 2 else None, flags
+    )
+    y, h_n, c_n, cells = run_layer(
+        cell, inputs, reverse, ragged=lengths is not None, tape=tape, **options
+    )
+    if single:
+        y, h_n = y.squeeze(2), h_n.squeeze(0)
+        c_n = None if c_n is None else c_n.squeeze(0)
+        cells = None if cells is None else cells.squeeze(2)
+    if batch_first:
+        y = y.transpose(0, 1)
+        cells = None if cells is None else cells.transpose(0, 1)
+    return y, h_n, c_n, cells
+
+
+_DOC = """{summary}
+
+    One layer, or S of them side by side: give weights with a leading stack axis [S, ...] (two
+    directions, heads, an ensemble over one input) and states and outputs get one too.
+
+    Args:
+        input: [T, B, I], or [B, T, I] with ``batch_first``. Where ``w_ih`` is None, the input
+            projection itself: [T, B, {G}H] ([T, B, S, {G}H] with a stack).
+        hx: {hx}; None for zeros.
+        w_ih: [{G}H, I] or [S, {G}H, I], gates {order}; None where ``input`` is the projection.
+        w_hh: [{G}H, {P}] or [S, {G}H, {P}].
+        b_ih, b_hh: [{G}H] or [S, {G}H], or None.{extra}
+        lengths: integer [B], unsorted, zeros allowed: steps from lengths[b] on output zeros and
+            leave the state alone; a reversed entry starts at each row's own end.
+        reset: bool [T, B] ([B, T] with ``batch_first``): the state is zeroed before the step; a
+            reversed entry zeroes its state after it.
+        reverse: bool, or one per stack entry: run from the last step to the first.
+        batch_first: input, reset and output have the batch axis first.
+        tape: "keep" the activated gates for the backward pass, or "recompute" them there from
+            the input and output, for about {saved} of the memory.
+        backend: a name of ``available_backends()``; None for the one selected.
+
+    Returns:
+        {returns}
+
+    dtypes: float32, float64, bfloat16, float16, the same for all tensors; 16-bit types are
+    computed in float32.
+
+    Raises:
+        ValueError or TypeError naming the argument, for wrong shapes, types or lengths;
+        RuntimeError for T = 0, mixed devices or dtypes, or a backend that cannot run the call.
+
+    Equations: {source}; derived in docs/math.md.
+
+    >>> import torch, fused_rnn
+    >>> w_ih, w_hh = torch.randn({g}, 3), torch.randn({g}, 5)
+    >>> y, {state} = fused_rnn.{name}(torch.randn(7, 2, 3), None, w_ih, w_hh)
+    >>> y.shape
+    torch.Size([7, 2, 5])
+    """
+
+
+def lstm(
+    input,
+    hx,
+    w_ih,
+    w_hh,
+    b_ih=None,
+    b_hh=None,
+    *,
+    w_hr=None,
+    lengths=None,
+    reset=None,
+    reverse=False,
+    batch_first=False,
+    tape="keep",
+    return_cells=False,
+    backend=None,
+):
+    y, h_n, c_n, cells = _layer(
+        "lstm",
+        input,
+        hx,
+        w_ih,
+        w_hh,
+        b_ih,
+        b_hh,
+        w_hr=w_hr,
+        lengths=lengths,
+        reset=reset,
+        reverse=reverse,
+        batch_first=batch_first,
+        tape=tape,
+        return_cells=return_cells,
+        backend=backend,
+    )
+    return (y, (h_n, c_n), cells) if return_cells else (y, (h_n, c_n))
+
+
+def gru(
+    input,
+    hx,
+    w_ih,
+    w_hh,
+    b_ih=None,
+    b_hh=None,
+    *,
+    reset_after=True,
+    lengths=None,
+    reset=None,
+    reverse=False,
+    batch_first=False,
+    tape="keep",
+    backend=None,
+):
+    y, h_n, _, _ = _layer(
+        "gru",
+        input,
+        hx,
+        w_ih,
+        w_hh,
+        b_ih,
+        b_hh,
+        lengths=lengths,
+        reset=reset,
+        reverse=reverse,
+        batch_first=batch_first,
+        tape=tape,
+        reset_after=reset_after,
+        backend=backend,
+    )
+    return y, h_n
+
+
+def rnn(
+    input,
+    hx,
+    w_ih,
+    w_hh,
+    b_ih=None,
+    b_hh=None,
+    *,
+    nonlinearity="tanh",
+    lengths=None,
+    reset=None,
+    reverse=False,
+    batch_first=False,
+    tape="keep",
+    backend=None,
+):
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
+    y, h_n, _, _ = _layer(
+        "rnn",
+        input,
+        hx,
+        w_ih,
+        w_hh,
+        b_ih,
+        b_hh,
+        lengths=lengths,
+        reset=reset,
+        reverse=reverse,
+        batch_first=batch_first,
+        tape=tape,
+        relu=nonlinearity == "relu",
+        backend=backend,
+    )
+    return y, h_n
+
+
+lstm.__doc__ = _DOC.format(
+    name="lstm",
+    summary="Run an LSTM layer over a sequence.",
+    G="4",
+    g=20,
+    P="P",
+    order="i f g o",
+    hx="(h0 [B, P], c0 [B, H]), or [S, B, ...]",
+    extra="\n        w_hr: [P, H] or [S, P, H], the projection h = W_hr (o * tanh(c)); None for P = H.",
+    saved="a third",
+    returns=(
+        "y [T, B, P] ([T, B, S, P]), (h_n, c_n) shaped as hx; with ``return_cells`` also\n"
+        "        cells [T, B, H] ([T, B, S, H]), the cell state after every step, differentiable."
+    ),
+    source=(
+        "Hochreiter and Schmidhuber 1997, forget gate Gers et al. 2000, projection Sak et al. 2014"
+    ),
+    state="(h_n, c_n)",
+)
+gru.__doc__ = _DOC.format(
+    name="gru",
+    summary="Run a GRU layer over a sequence.",
+    G="3",
+    g=15,
+    P="H",
+    order="r z n",
+    hx="h0 [B, H], or [S, B, H]",
+    extra=(
+        "\n        reset_after: n = tanh(x_n + r * (W_hn h + b_hn)) as torch.nn, cuDNN and Keras;"
+        "\n            False: n = tanh(x_n + W_hn (r * h) + b_hn) as in the paper."
+    ),
+    saved="a fifth",
+    returns="y [T, B, H] ([T, B, S, H]), h_n shaped as hx.",
+    source="Cho et al. 2014",
+    state="h_n",
+)
+rnn.__doc__ = _DOC.format(
+    name="rnn",
+    summary="Run a simple (Elman) RNN layer over a sequence.",
+    G="",
+    g=5,
+    P="H",
+    order="none",
+    hx="h0 [B, H], or [S, B, H]",
+    extra='\n        nonlinearity: "tanh" or "relu".',
+    saved="all",
+    returns="y [T, B, H] ([T, B, S, H]), h_n shaped as hx.",
+    source="Elman 1990",
+    state="h_n",
+)

@@ -1,0 +1,273 @@
+"""Schemas, fakes and vmap rules of the waist's operators; imports torch only.
+
+Every backend that registers kernels has one family of operators, ``fused_rnn::<backend>_<name>``,
+all under the schemas below (see docs/design.md for shapes and meanings). The implementations live
+with the backend: C++ registers its own when ``fused_rnn._C`` is loaded.
+"""
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "fused_rnn"
+
+# The dtype pairs of the waist: what is read and written, and what is computed in.
+ACC_DTYPE = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}
+
+GATES = {"lstm": 4, "gru": 3, "rnn": 1}
+
+
+def tape_gates(cell: str, reset_after: bool = True) -> int:
+    """Activated values kept per hidden unit by the tape: LSTM 4, GRU 4 or 3, RNN 0."""
+    return {"lstm": 4, "gru": 4 if reset_after else 3, "rnn": 0}[cell]
+
+
+# Fakes: shapes and dtypes of the outputs, in terms of the inputs alone.
+
+
+def _lstm_state(gates_x, w_hh, h0, c0):
+    steps, rows, stack, width = gates_x.shape
+    hidden, acc = width // 4, ACC_DTYPE[w_hh.dtype]
+    y = w_hh.new_empty((steps, rows, stack, w_hh.shape[2]))
+    h_n = w_hh.new_empty((stack, rows, w_hh.shape[2]))
+    c_n = w_hh.new_empty((stack, rows, hidden), dtype=acc)
+    return y, h_n, c_n
+
+
+def _fake_lstm_forward(gates_x, w_hh, w_hr, h0, c0, flags, reverse, keep_gates):
+    steps, rows, stack, width = gates_x.shape
+    hidden, acc = width // 4, ACC_DTYPE[w_hh.dtype]
+    cells = w_hh.new_empty((steps, rows, stack, hidden), dtype=acc)
+    gates = w_hh.new_empty((steps, rows, stack, 4 * hidden if keep_gates else 0), dtype=acc)
+    return (*_lstm_state(gates_x, w_hh, h0, c0), cells, gates)
+
+
+def _fake_lstm_inference(gates_x, w_hh, w_hr, h0, c0, flags, reverse):
+    return _lstm_state(gates_x, w_hh, h0, c0)
+
+
+def _fake_lstm_backward(
+    dy, dh_n, dc_n, dcells, w_hh, w_hr, c0, cells, gates, flags, reverse
+):
+    steps, rows, stack, hidden = cells.shape
+    proj = w_hh.shape[2]
+    return (
+        torch.empty_like(gates),
+        cells.new_empty((stack, rows, proj)),
+        cells.new_empty((stack, rows, hidden)),
+        cells.new_empty((steps, rows, stack, 0 if w_hr is None else proj)),
+    )
+
+
+def _fake_gru_forward(gates_x, w_hh, b_hn, h0, flags, reverse, reset_after, keep_gates):
+    steps, rows, stack, _ = gates_x.shape
+    kept = tape_gates("gru", reset_after) * w_hh.shape[2] if keep_gates else 0
+    gates = w_hh.new_empty((steps, rows, stack, kept), dtype=ACC_DTYPE[w_hh.dtype])
+    return (*_fake_gru_inference(gates_x, w_hh, b_hn, h0, flags, reverse, reset_after), gates)
+
+
+def _fake_gru_inference(gates_x, w_hh, b_hn, h0, flags, reverse, reset_after):
+    steps, rows, stack, _ = gates_x.shape
+    hidden = w_hh.shape[2]
+    return w_hh.new_empty((steps, rows, stack, hidden)), w_hh.new_empty((stack, rows, hidden))
+
+
+def _fake_gru_backward(dy, dh_n, w_hh, h0, y, gates, flags, reverse, reset_after):
+    steps, rows, stack, hidden = y.shape
+    return (
+        gates.new_empty((steps, rows, stack, 3 * hidden)),
+        gates.new_empty((steps, rows, stack, hidden if reset_after else 0)),
+        gates.new_empty((stack, rows, hidden)),
+    )
+
+
+def _fake_rnn_forward(gates_x, w_hh, h0, flags, reverse, relu):
+    return _fake_gru_inference(gates_x, w_hh, None, h0, flags, reverse, False)
+
+
+def _fake_rnn_backward(dy, dh_n, w_hh, y, flags, reverse, relu):
+    steps, rows, stack, hidden = y.shape
+    acc = ACC_DTYPE[w_hh.dtype]
+    return (
+        y.new_empty((steps, rows, stack, hidden), dtype=acc),
+        y.new_empty((stack, rows, hidden), dtype=acc),
+    )
+
+
+def _fake_matmul(a, b, bias):
+    return a.new_empty((a.shape[0], a.shape[1], b.shape[2]), dtype=ACC_DTYPE[a.dtype])
+
+
+class _Operator:
+    """One row of the waist: schema, fake, and the axes of each tensor for the vmap rule.
+
+    In ``layouts`` T, B, S stand for steps, rows and stack and * for any other axis; None marks
+    an argument that is not a tensor.
+    """
+
+    def __init__(self, schema, fake, layouts, outputs):
+        self.schema, self.fake, self.layouts, self.outputs = schema, fake, layouts, outputs
+
+
+_TBS, _SB, _S = "TBS*", "SB*", "S**"
+
+OPERATORS = {
+    "lstm_forward": _Operator(
+        "(Tensor gates_x, Tensor w_hh, Tensor? w_hr, Tensor h0, Tensor c0, Tensor? flags,"
+        " bool[] reverse, bool keep_gates) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _fake_lstm_forward,
+        (_TBS, _S, _S, _SB, _SB, "TB", None, None),
+        (_TBS, _SB, _SB, _TBS, _TBS),
+    ),
+    "lstm_inference": _Operator(
+        "(Tensor gates_x, Tensor w_hh, Tensor? w_hr, Tensor h0, Tensor c0, Tensor? flags,"
+        " bool[] reverse) -> (Tensor, Tensor, Tensor)",
+        _fake_lstm_inference,
+        (_TBS, _S, _S, _SB, _SB, "TB", None),
+        (_TBS, _SB, _SB),
+    ),
+    "lstm_backward": _Operator(
+        "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor w_hh, Tensor? w_hr,"
+        " Tensor c0, Tensor cells, Tensor gates, Tensor? flags, bool[] reverse)"
+        " -> (Tensor, Tensor, Tensor, Tensor)",
+        _fake_lstm_backward,
+        (_TBS, _SB, _SB, _TBS, _S, _S, _SB, _TBS, _TBS, "TB", None),
+        (_TBS, _SB, _SB, _TBS),
+    ),
+    "gru_forward": _Operator(
+        "(Tensor gates_x, Tensor w_hh, Tensor? b_hn, Tensor h0, Tensor? flags, bool[] reverse,"
+        " bool reset_after, bool keep_gates) -> (Tensor, Tensor, Tensor)",
+        _fake_gru_forward,
+        (_TBS, _S, "S*", _SB, "TB", None, None, None),
+        (_TBS, _SB, _TBS),
+    ),
+    "gru_inference": _Operator(
+        "(Tensor gates_x, Tensor w_hh, Tensor? b_hn, Tensor h0, Tensor? flags, bool[] reverse,"
+        " bool reset_after) -> (Tensor, Tensor)",
+        _fake_gru_inference,
+        (_TBS, _S, "S*", _SB, "TB", None, None),
+        (_TBS, _SB),
+    ),
+    "gru_backward": _Operator(
+        "(Tensor? dy, Tensor? dh_n, Tensor w_hh, Tensor h0, Tensor y, Tensor gates,"
+        " Tensor? flags, bool[] reverse, bool reset_after) -> (Tensor, Tensor, Tensor)",
+        _fake_gru_backward,
+        (_TBS, _SB, _S, _SB, _TBS, _TBS, "TB", None, None),
+        (_TBS, _TBS, _SB),
+    ),
+    "rnn_forward": _Operator(
+        "(Tensor gates_x, Tensor w_hh, Tensor h0, Tensor? flags, bool[] reverse, bool relu)"
+        " -> (Tensor, Tensor)",
+        _fake_rnn_forward,
+        (_TBS, _S, _SB, "TB", None, None),
+        (_TBS, _SB),
+    ),
+    "rnn_backward": _Operator(
+        "(Tensor? dy, Tensor? dh_n, Tensor w_hh, Tensor y, Tensor? flags, bool[] reverse,"
+        " bool relu) -> (Tensor, Tensor)",
+        _fake_rnn_backward,
+        (_TBS, _SB, _S, _TBS, "TB", None, None),
+        (_TBS, _SB),
+    ),
+}
+
+# vmap: the mapped axis folds into the rows, or into the stack when the weights are mapped.
+
+
+def _fold(tensor: Tensor, dim: int | None, at: int, size: int) -> Tensor:
+    """Merge the mapped axis ``dim`` (or a new one of that size) into axis ``at``, major."""
+    if dim is None:
+        shape = list(tensor.shape)
+        tensor = tensor.unsqueeze(at).expand(*shape[:at], size, *shape[at:])
+    else:
+        tensor = tensor.movedim(dim, at)
+    return tensor.flatten(at, at + 1)
+
+
+def _unfold(tensor: Tensor, at: int, size: int) -> Tensor:
+    return tensor.unflatten(at, (size, tensor.shape[at] // size))
+
+
+def _map_over_samples(op, info, in_dims, args, num_outputs):
+    """Call once per sample: the one case that no axis of the waist can hold."""
+    samples = [
+        op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    outputs = tuple(torch.stack(parts) for parts in zip(*samples, strict=True))
+    return outputs, (0,) * num_outputs
+
+
+def _scan_vmap(op, spec):
+    def rule(info, in_dims, *args):
+        mapped = {
+            layout
+            for layout, dim in zip(spec.layouts, in_dims, strict=True)
+            if layout is not None and dim is not None
+        }
+        axis = "B" if not mapped & {"S**", "S*"} else "S"
+        if axis == "S" and "TB" in mapped:  # flags have no stack axis
+            return _map_over_samples(op, info, in_dims, args, len(spec.outputs))
+        folded = []
+        for arg, dim, layout in zip(args, in_dims, spec.layouts, strict=True):
+            if isinstance(arg, Tensor) and axis in layout:
+                arg = _fold(arg, dim, layout.index(axis), info.batch_size)
+            elif axis == "S" and isinstance(arg, (list, tuple)):  # reverse
+                arg = list(arg) * info.batch_size
+            folded.append(arg)
+        ats = tuple(layout.index(axis) for layout in spec.outputs)
+        outputs = tuple(
+            _unfold(out, at, info.batch_size) for out, at in zip(op(*folded), ats, strict=True)
+        )
+        return outputs, ats
+
+    return rule
+
+
+def _matmul_vmap(op):
+    def rule(info, in_dims, a, b, bias):
+        size = info.batch_size
+        if in_dims[1] is None and in_dims[2] is None:  # more rows for the same matrix
+            return _unfold(op(_fold(a, in_dims[0], 1, size), b, bias), 1, size), 1
+        a, b = _fold(a, in_dims[0], 0, size), _fold(b, in_dims[1], 0, size)
+        bias = None if bias is None else _fold(bias, in_dims[2], 0, size)
+        return _unfold(op(a, b, bias), 0, size), 0
+
+    return rule
+
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+_families: dict[str, dict] = {}
+
+
+def define_family(backend: str) -> None:
+    """Define the operators ``fused_rnn::<backend>_*`` with their fakes and vmap rules."""
+    family = {}
+
+    def define(name, schema, fake):
+        qualname = f"{NAMESPACE}::{backend}_{name}"
+        _library.define(f"{backend}_{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(qualname, fake, lib=_library)
+        family[name] = getattr(getattr(torch.ops, NAMESPACE), f"{backend}_{name}").default
+        return qualname, family[name]
+
+    for name, spec in OPERATORS.items():
+        qualname, op = define(name, spec.schema, spec.fake)
+        torch.library.register_vmap(qualname, _scan_vmap(op, spec), lib=_library)
+    qualname, op = define("matmul", "(Tensor a, Tensor b, Tensor? bias) -> Tensor", _fake_matmul)
+    torch.library.register_vmap(qualname, _matmul_vmap(op), lib=_library)
+    _families[backend] = family
+
+
+def family(backend: str) -> dict:
+    """The operators of one backend, by their names without the backend."""
+    return _families[backend]
+
+
+define_family("cpu")
+# 0 portable, 1 AVX2, 2 AVX-512: what the C++ backend computes with on this machine.
+_library.define("cpu_isa() -> int")
