@@ -65,6 +65,15 @@ def fold_bias(spec: LayerSpec, b_ih: Tensor | None, b_hh: Tensor | None, hidden:
     return (b_hh if b_ih is None else b_ih + b_hh), b_hn
 
 
+def _without_padding(x: Tensor, flags: Tensor | None) -> Tensor:
+    """x [T, B, ...] with zeros where rows have ended: whatever lies there, an infinity or NaN,
+    must not meet a zero gradient."""
+    if flags is None:
+        return x
+    ended = (flags & ENDED != 0).reshape(*flags.shape, *(1,) * (x.dim() - 2))
+    return torch.where(ended, 0, x)
+
+
 def _project(spec: LayerSpec, x: Tensor, w_ih: Tensor | None, bias: Tensor | None) -> Tensor:
     """gates_x [T, B, S, G*H]: x W_ih^T + bias for the whole stack in one matrix product."""
     if w_ih is None:
@@ -106,26 +115,32 @@ def forward(spec: LayerSpec, inputs: LayerInputs, training: bool) -> tuple[Tenso
 
 
 def reference_forward(spec: LayerSpec, inputs: LayerInputs) -> tuple[Tensor, ...]:
-    """The differentiable outputs of ``forward`` by the reference, in the arithmetic dtype of the
-    waist: (y, h_n, c_n, cells) for the LSTM, (y, h_n) for the others; y and h_n in w_hh's dtype."""
+    """The differentiable outputs of ``forward`` by the reference, computed in the arithmetic dtype
+    of the waist: (y, h_n, c_n, cells) for the LSTM, (y, h_n) for the others; y and h_n in w_hh's
+    dtype."""
     io = inputs.w_hh.dtype
     acc = ops.ACC_DTYPE[io]
     cast = (None if t is None else t.to(acc) for t in inputs[:_DIFFERENTIABLE])
-    x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0 = cast
+    y, h_n, *cells = reference_scan(spec, LayerInputs(*cast, inputs.flags))
+    return (y.to(io), h_n.to(io), *cells)
+
+
+def reference_scan(spec: LayerSpec, inputs: LayerInputs) -> tuple[Tensor, ...]:
+    """``reference_forward`` with every operation in the inputs' own dtype."""
+    x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, flags = inputs
     bias, b_hn = fold_bias(spec, b_ih, b_hh, w_hh.shape[2])
+    x = _without_padding(x, flags)
     if w_ih is not None:
         x = torch.einsum("tbi,sgi->tbsg", x, w_ih)
     gates_x = x if bias is None else x + bias
-    common = {"flags": inputs.flags, "reverse": spec.reverse}
+    common = {"flags": flags, "reverse": spec.reverse}
     if spec.cell == "lstm":
-        y, h_n, *cells = reference.lstm_scan(gates_x, w_hh, h0, c0, w_hr=w_hr, **common)
-    elif spec.cell == "gru":
-        y, h_n, *cells = reference.gru_scan(
+        return reference.lstm_scan(gates_x, w_hh, h0, c0, w_hr=w_hr, **common)
+    if spec.cell == "gru":
+        return reference.gru_scan(
             gates_x, w_hh, h0, b_hn=b_hn, reset_after=spec.reset_after, **common
         )
-    else:
-        y, h_n, *cells = reference.rnn_scan(gates_x, w_hh, h0, relu=spec.relu, **common)
-    return (y.to(io), h_n.to(io), *cells)
+    return reference.rnn_scan(gates_x, w_hh, h0, relu=spec.relu, **common)
 
 
 def _entering(spec: LayerSpec, states: Tensor, s0: Tensor, flags: Tensor | None) -> Tensor:
@@ -229,8 +244,7 @@ def backward(
                 _rows(dgates).flatten(1).unsqueeze(0), w_ih.flatten(0, 1).unsqueeze(0), None
             ).view(x.shape)
     if want.w_ih:
-        if spec.ragged:  # whatever lies in the padding must not meet a zero gradient: 0 * inf
-            x = torch.where(flags.unsqueeze(-1) & ENDED != 0, 0, x)
+        x = _without_padding(x, flags if spec.ragged else None)
         dw_ih = over_steps(dgates.flatten(2).unsqueeze(2), x.unsqueeze(2)).view(w_ih.shape)
     if want.w_hh:
         if spec.cell == "gru":

@@ -1,0 +1,1 @@
+"""The benchmark harness: `python -m benchmarks` times fused_rnn, torch.nn and ONNX Runtime."""

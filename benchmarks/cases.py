@@ -1,0 +1,170 @@
+"""The registry of cases: shapes named after what people use a recurrent layer for."""
+
+import difflib
+from dataclasses import dataclass, replace
+from itertools import product
+
+CELLS = ("LSTM", "GRU", "RNN")
+MODES = ("inference", "training")
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of one use. `use/variant` is its name.
+
+    state: an initial state is passed in, as a caller does who carries it from call to call.
+    min_length: rows have lengths drawn from [min_length * T, T]; None means all rows are full.
+    reset_rate: probability that a (step, row) starts a new episode.
+    quick: the cells that run in the default selection; empty means only with --full.
+    """
+
+    use: str
+    variant: str
+    T: int
+    B: int
+    I: int  # noqa: E741 -- T, B, I, H are the field's names
+    H: int
+    cells: tuple = ("LSTM", "GRU")
+    modes: tuple = MODES
+    layers: int = 1
+    bidirectional: bool = False
+    proj: int = 0
+    state: bool = False
+    min_length: float | None = None
+    reset_rate: float = 0.0
+    quick: tuple = ()
+
+    @property
+    def name(self):
+        return f"{self.use}/{self.variant}"
+
+    def __post_init__(self):
+        unknown = set(self.cells + self.quick) - set(CELLS) or set(self.modes) - set(MODES)
+        if unknown:
+            raise ValueError(f"{self.name}: unknown {sorted(unknown)}")
+        if min(self.T, self.B, self.I, self.H, self.layers) < 1:
+            raise ValueError(f"{self.name}: T, B, I, H and layers must be positive")
+        if self.proj and (self.cells != ("LSTM",) or self.proj >= self.H):
+            raise ValueError(f"{self.name}: proj is for the LSTM alone and smaller than H")
+        if self.min_length is not None and not 0 < self.min_length <= 1:
+            raise ValueError(f"{self.name}: min_length is a fraction of T in (0, 1]")
+        if self.reset_rate and (self.bidirectional or self.min_length is not None):
+            raise ValueError(f"{self.name}: torch.nn has no idiom for resets with this")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A case with everything chosen: what one row of the table times."""
+
+    case: Case
+    cell: str
+    mode: str
+    dtype: str = "float32"
+
+    @property
+    def key(self):
+        return (self.case.name, self.cell, self.mode, self.dtype)
+
+
+BOTH = ("LSTM", "GRU")
+INFERENCE = ("inference",)
+TRAINING = ("training",)
+
+CASES = (
+    # One step at a time, one stream: audio, sensors, a robot's control loop.
+    Case("streaming", "h128", 1, 1, 128, 128, cells=CELLS, modes=INFERENCE, state=True,
+         quick=CELLS),
+    Case("streaming", "h512", 1, 1, 512, 512, cells=CELLS, modes=INFERENCE, state=True),
+    Case("streaming", "two_layers", 1, 1, 80, 256, layers=2, modes=INFERENCE, state=True),
+    # A handful of streams, or a short chunk of one.
+    Case("online", "b4", 1, 4, 64, 256, modes=INFERENCE, state=True, quick=BOTH),
+    Case("online", "chunk8", 8, 1, 64, 256, modes=INFERENCE, state=True, quick=BOTH),
+    Case("online", "chunk20_b2", 20, 2, 128, 512, modes=INFERENCE, state=True),
+    # Rollouts with episode boundaries inside the sequence; acting is one step for many actors.
+    Case("reinforcement_learning", "t64", 64, 32, 128, 128, modes=TRAINING, state=True,
+         reset_rate=0.01, quick=BOTH),
+    Case("reinforcement_learning", "t128", 128, 64, 256, 256, cells=CELLS, state=True,
+         reset_rate=0.005),
+    Case("reinforcement_learning", "t64_b16", 64, 16, 64, 256, state=True, reset_rate=0.02),
+    Case("reinforcement_learning", "acting", 1, 32, 128, 128, modes=INFERENCE, state=True),
+    # Labels for every word of a sentence.
+    Case("tagging", "h128", 50, 32, 100, 128, bidirectional=True, quick=BOTH),
+    Case("tagging", "h256", 50, 16, 300, 256, cells=CELLS, bidirectional=True),
+    Case("tagging", "two_layers", 40, 32, 100, 200, layers=2, bidirectional=True),
+    # Few features, a small state, many steps.
+    Case("time_series", "h32", 150, 64, 8, 32, cells=CELLS, quick=CELLS),
+    Case("time_series", "h64", 200, 128, 16, 64, cells=CELLS),
+    Case("time_series", "h57", 100, 48, 5, 57, cells=CELLS),
+    # The word-level language models of the textbooks.
+    Case("language_model", "h512", 35, 20, 512, 512, layers=2, quick=BOTH),
+    Case("language_model", "h650", 35, 20, 650, 650, cells=CELLS, layers=2),
+    Case("language_model", "projected", 35, 20, 512, 1024, cells=("LSTM",), proj=256),
+    # Sequences of different lengths in one batch.
+    Case("ragged", "h128", 80, 32, 128, 128, min_length=0.1, quick=BOTH),
+    Case("ragged", "bidirectional", 60, 32, 128, 256, cells=CELLS, bidirectional=True,
+         min_length=0.1),
+    # Frames of sound: long, both directions.
+    Case("speech", "h256", 250, 8, 80, 256, bidirectional=True, quick=BOTH),
+    Case("speech", "h512", 400, 8, 160, 512, bidirectional=True),
+    Case("speech", "three_layers", 300, 16, 80, 320, cells=("LSTM",), layers=3, bidirectional=True),
+)  # fmt: skip
+
+
+class UnknownName(ValueError):
+    """A name on the command line that is not in a registry; the message lists what is."""
+
+
+def choose(kind, wanted, existing):
+    """The members of `existing` that `wanted` names, or UnknownName with what there is."""
+    lowered = {name.lower(): name for name in existing}
+    chosen = []
+    for name in wanted:
+        if name.lower() not in lowered:
+            near = difflib.get_close_matches(name.lower(), lowered, n=1)
+            hint = f" (did you mean {lowered[near[0]]!r}?)" if near else ""
+            raise UnknownName(f"unknown {kind} {name!r}{hint}; there are: {', '.join(existing)}")
+        chosen.append(lowered[name.lower()])
+    return list(dict.fromkeys(chosen))
+
+
+def find_cases(names, cases=CASES):
+    """Cases by full name (`speech/h256`) or by use (`speech`: all its variants)."""
+    uses = list(dict.fromkeys(case.use for case in cases))
+    chosen = choose("case", names, uses + [case.name for case in cases])
+    return [case for case in cases if case.use in chosen or case.name in chosen]
+
+
+def resize(case, *, T=(), B=(), I=(), H=()):  # noqa: E741
+    """The case at every combination of the given sizes; an empty list keeps its own."""
+    sizes = {"T": T, "B": B, "I": I, "H": H}
+    given = {axis: values for axis, values in sizes.items() if values}
+    if not given:
+        return [case]
+    variants = []
+    for values in product(*given.values()):
+        new = dict(zip(given, values, strict=True))
+        label = "_".join(f"{axis.lower()}{size}" for axis, size in new.items())
+        variants.append(replace(case, variant=f"{case.variant}@{label}", **new))
+    return variants
+
+
+def select(names=(), *, full=False, cells=(), modes=(), dtypes=("float32",), sizes=None):
+    """Jobs for a command line.
+
+    Without names: the quick selection, or everything with `full`. A use named without `full` runs
+    its quick variants (all of them where it has none); a full name runs as it is.
+    """
+    cells = choose("cell", cells, CELLS)
+    modes = choose("mode", modes, MODES)
+    jobs = []
+    for case in find_cases(names) if names else CASES:
+        by_full_name = case.name.lower() in {name.lower() for name in names}
+        run_cells = case.cells if full or by_full_name or cells else case.quick
+        if not (full or by_full_name or case.quick):
+            continue
+        for resized in resize(case, **(sizes or {})):
+            for dtype, cell, mode in product(dtypes, run_cells, resized.modes):
+                if (not cells or cell in cells) and (not modes or mode in modes):
+                    jobs.append(Job(resized, cell, mode, dtype))
+    return jobs

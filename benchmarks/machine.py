@@ -1,0 +1,67 @@
+"""What a result was measured with: versions, processor, commit, date. No host names, no paths."""
+
+import datetime
+import importlib.metadata
+import os
+import pathlib
+import platform
+import subprocess
+
+import torch
+
+
+def version_of(package):
+    """Version of an installed package, or an empty string."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def cpu_name():
+    try:
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def commit():
+    """Hash of the checked-out commit, with -dirty where files differ; empty without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    here = pathlib.Path(__file__).parent
+    try:
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def busy():
+    """A warning where other work takes this machine's time, else None."""
+    try:
+        load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    except OSError:
+        return None
+    if load < 0.5 * cores:
+        return None
+    return f"the machine is busy (load {load:.1f} on {cores} cores): expect wide intervals"
+
+
+def describe(device):
+    """Metadata of a run, in the columns every row repeats."""
+    device = torch.device(device)
+    on_gpu = device.type == "cuda"
+    versions = ("torch", "triton", "onnxruntime", "fused_rnn")
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        "cpu": cpu_name(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: torch.__version__ if name == "torch" else version_of(name) for name in versions},
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,166 @@
+// The register-tile matrix product and the packing of its weights.
+// Included inside the instruction set's anonymous namespace; see kernels.inl.
+//
+// Bits: every element is a chain of fused multiply-adds over k in ascending order, cut into blocks
+// of kBlockK whose sums are added in order. Neither the number of rows in a tile nor the number of
+// vectors in a panel enters, so a row's result does not depend on its company. The blocks are there
+// for accuracy: the error of one chain grows with its length.
+
+constexpr int64_t kBlockK = 256;
+
+// Rows of a tile for a panel of 1..4 vectors: what fits the registers (32 with AVX-512 and on
+// aarch64, else 16) beside one k of the panel and a broadcast.
+#if FUSED_RNN_REGISTERS == 32
+constexpr int kTileRows[5] = {0, 8, 8, 8, 6};
+#else
+constexpr int kTileRows[5] = {0, 6, 6, 4, 3};
+#endif
+constexpr int kMaxTileRows = kTileRows[1];
+constexpr int kMaxVectors = 4;
+
+// tile[m][v * kWidth + lane] (+)= sum over k of a[m * row + k * column] * panel[k][v][lane].
+template <class T, int kRows, int kVectors>
+__attribute__((noinline)) void tile_product(const T* a, int64_t row, int64_t column, const T* panel,
+                                            int64_t k, T* tile, bool add) {
+  using V = Vec<T>;
+  constexpr int kWidth = V::kWidth;
+  do {
+    const int64_t block = k < kBlockK ? k : kBlockK;
+    V sum[kRows][kVectors];
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[m][v] = V(T(0));
+    }
+    for (int64_t i = 0; i < block; ++i) {
+      V w[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) w[v] = V::load(panel + v * kWidth);
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) {
+        const V x(a[m * row]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sum[m][v] = fma(x, w[v], sum[m][v]);
+      }
+      a += column;
+      panel += kVectors * kWidth;
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        T* at = tile + (m * kVectors + v) * kWidth;
+        (add ? V::load(at) + sum[m][v] : sum[m][v]).store(at);
+      }
+    }
+    k -= block;
+    add = true;
+  } while (k > 0);
+}
+
+template <class T, int kVectors, int kRows = kTileRows[kVectors]>
+FN void tile_product_rows(int rows, const T* a, int64_t row, int64_t column, const T* panel,
+                          int64_t k, T* tile, bool add) {
+  if constexpr (kRows > 0) {
+    if (rows == kRows) {
+      return tile_product<T, kRows, kVectors>(a, row, column, panel, k, tile, add);
+    }
+    tile_product_rows<T, kVectors, kRows - 1>(rows, a, row, column, panel, k, tile, add);
+  }
+}
+
+// As tile_product for any 1 <= rows <= kTileRows[vectors].
+template <class T>
+__attribute__((noinline)) void tile_product(int rows, int vectors, const T* a, int64_t row,
+                                            int64_t column, const T* panel, int64_t k, T* tile,
+                                            bool add) {
+  switch (vectors) {
+    case 4: return tile_product_rows<T, 4>(rows, a, row, column, panel, k, tile, add);
+    case 3: return tile_product_rows<T, 3>(rows, a, row, column, panel, k, tile, add);
+    case 2: return tile_product_rows<T, 2>(rows, a, row, column, panel, k, tile, add);
+    default: return tile_product_rows<T, 1>(rows, a, row, column, panel, k, tile, add);
+  }
+}
+
+// The weights of one stack entry: element (gate g, unit u, k) is at data[at + g * gate + u * unit +
+// k * column], u < units, k < depth.
+struct Weights {
+  const void* data;
+  DType dtype;
+  int gates;
+  int64_t units, depth;
+  int64_t gate, unit, column;
+};
+
+// How the units fall into blocks: a block has all gates of 1..kMaxVectors / gates vectors of units,
+// as even as can be, and its panel is [depth][vector of units][gate][kWidth], zero beyond `units`.
+struct Blocks {
+  int gates, width;
+  int64_t units, vectors, count;
+
+  FN Blocks() = default;
+  FN Blocks(int gates_, int width_, int64_t units_) : gates(gates_), width(width_), units(units_) {
+    const int most = kMaxVectors / gates;
+    vectors = (units + width - 1) / width;
+    count = (vectors + most - 1) / most;
+  }
+  FN int64_t first_vector(int64_t block) const { return vectors * block / count; }
+  FN int64_t first_unit(int64_t block) const { return first_vector(block) * width; }
+  // Vectors of units in a block.
+  FN int depth_vectors(int64_t block) const {
+    return static_cast<int>(first_vector(block + 1) - first_vector(block));
+  }
+  // Elements of one k of all panels; times depth, of the packed weights.
+  FN int64_t row_elements() const { return vectors * gates * width; }
+  FN int64_t row_offset(int64_t block) const { return first_vector(block) * gates * width; }
+};
+
+// panel[k][kWidth], k in [0, depth), at stride `step`: the lanes are `lanes` units from `at` on.
+template <class T>
+void pack_vector(const Weights& w, int64_t at, int lanes, T* panel, int64_t step) {
+  using V = Vec<T>;
+  constexpr int kWidth = V::kWidth;
+  if (w.unit == 1) {
+    for (int64_t k = 0; k < w.depth; ++k) {
+      load<T>(w.data, w.dtype, at + k * w.column, lanes).store(panel + k * step);
+    }
+  } else if (w.column == 1) {
+    for (int64_t k = 0; k < w.depth; k += kWidth) {
+      const int wide = w.depth - k < kWidth ? static_cast<int>(w.depth - k) : kWidth;
+      V square[kWidth];
+      for (int l = 0; l < kWidth; ++l) {
+        square[l] = l < lanes ? load<T>(w.data, w.dtype, at + k + l * w.unit, wide) : V(T(0));
+      }
+      transpose(square);
+      if (wide == kWidth) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i) square[i].store(panel + (k + i) * step);
+      } else {
+        for (int i = 0; i < wide; ++i) square[i].store(panel + (k + i) * step);
+      }
+    }
+  } else {
+    alignas(64) T one[kWidth] = {};
+    for (int64_t k = 0; k < w.depth; ++k) {
+      for (int l = 0; l < lanes; ++l) {
+        load<T>(w.data, w.dtype, at + k * w.column + l * w.unit, 1).store(one + l, 1);
+      }
+      V::load(one).store(panel + k * step);
+    }
+  }
+}
+
+// The panel of one block; `at` is where the stack entry's weights begin.
+template <class T>
+void pack_panel(const Weights& w, int64_t at, const Blocks& blocks, int64_t block, T* panel) {
+  constexpr int kWidth = Vec<T>::kWidth;
+  const int vectors = blocks.depth_vectors(block);
+  const int64_t step = static_cast<int64_t>(vectors) * w.gates * kWidth;
+  for (int v = 0; v < vectors; ++v) {
+    const int64_t u = blocks.first_unit(block) + v * kWidth;
+    const int lanes = w.units - u < kWidth ? static_cast<int>(w.units - u) : kWidth;
+    for (int g = 0; g < w.gates; ++g) {
+      pack_vector(w, at + g * w.gate + u * w.unit, lanes, panel + (v * w.gates + g) * kWidth, step);
+    }
+  }
+}

@@ -1,0 +1,28 @@
+"""Fixtures shared by the tests: the backends under test, and threads put back as they were."""
+
+import pytest
+import torch
+
+from fused_rnn import backends
+
+# A new backend joins the whole matrix by its name and the device its tensors live on.
+UNDER_TEST = {"cpu": "cpu", "reference": "cpu"}
+
+
+@pytest.fixture(params=list(UNDER_TEST))
+def backend(request):
+    """The name of each backend under test; a missing one is a failure, not a skip."""
+    assert backends.available_backends()[request.param] is None
+    return request.param
+
+
+@pytest.fixture
+def device(backend):
+    return UNDER_TEST[backend]
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

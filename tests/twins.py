@@ -1,0 +1,108 @@
+"""Our modules beside torch.nn's with the same weights, and what both give on the same numbers."""
+
+import copy
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+import fused_rnn
+from fused_rnn.testing import compare
+
+LAYERS = ("LSTM", "GRU", "RNN")
+CELLS = ("LSTMCell", "GRUCell", "RNNCell")
+SIZES = (4, 5)  # input_size, hidden_size
+
+
+def both(name: str) -> tuple[type, type]:
+    """Our class and torch.nn's of that name."""
+    return getattr(fused_rnn, name), getattr(torch.nn, name)
+
+
+def twins(name: str, *args, seed: int = 0, **kwargs):
+    """Our module and torch.nn's, with equal weights."""
+    made = []
+    for kind in both(name):
+        torch.manual_seed(seed)
+        made.append(kind(*args, **kwargs))
+    return tuple(made)
+
+
+def tensors_of(value) -> list[Tensor]:
+    """The tensors in nested tuples, a PackedSequence's data among them."""
+    if isinstance(value, PackedSequence):
+        return [value.data]
+    if isinstance(value, Tensor):
+        return [value]
+    return [] if value is None else [t for part in value for t in tensors_of(part)]
+
+
+def results(module, *args, seed: int = 1, **kwargs) -> dict[str, Tensor]:
+    """Every output of a call and the gradients of parameters and arguments, by name, for random
+    cotangents that depend on the seed alone."""
+    leaves = dict(module.named_parameters())
+    for k, tensor in enumerate(tensors_of(args)):
+        if tensor.requires_grad:
+            leaves[f"argument {k}"] = tensor
+    outputs = tensors_of(module(*args, **kwargs))
+    generator = torch.Generator().manual_seed(seed)
+    found = {f"output {k}": out.detach() for k, out in enumerate(outputs)}
+    cotangents = [
+        torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+        for out in outputs
+    ]
+    pairs = [(out, d) for out, d in zip(outputs, cotangents) if out.requires_grad]
+    grads = torch.autograd.grad(*zip(*pairs), list(leaves.values()), allow_unused=True)
+    for (name, leaf), grad in zip(leaves.items(), grads):
+        found[name] = torch.zeros_like(leaf) if grad is None else grad
+        assert found[name].dtype == leaf.dtype
+    return found
+
+
+def cast(value, dtype: torch.dtype):
+    """Nested arguments in another dtype, as fresh leaves that require gradients."""
+    if isinstance(value, PackedSequence):
+        return PackedSequence(cast(value.data, dtype), *value[1:])
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            return value
+        moved = value.detach().to(dtype)
+        if not value.is_contiguous() and moved.is_contiguous():  # keep the strides
+            moved = torch.empty_strided(value.shape, value.stride(), dtype=dtype).copy_(value)
+        return moved.requires_grad_()
+    return value if value is None else tuple(cast(part, dtype) for part in value)
+
+
+def check_twins(ours, theirs, args, dtype: torch.dtype, ours_kwargs=None) -> None:
+    """Hold every output and gradient of our module against torch.nn's: error against torch.nn in
+    float64 within the budget of torch.nn's own error in the dtype.
+
+    The modules and arguments come in float64 with values that the dtype can represent.
+    """
+    low = torch.float32 if dtype == torch.float64 else dtype
+    exact = results(theirs, *cast(args, torch.float64))
+    plain = results(copy.deepcopy(theirs).to(low), *cast(args, low))
+    got = results(copy.deepcopy(ours).to(dtype), *cast(args, dtype), **(ours_kwargs or {}))
+    assert list(got) == list(exact)
+    verdicts = [compare(n, got[n], exact[n], plain[n], dtype) for n in exact]
+    assert not (faults := [v for v in verdicts if v.fault]), faults
+
+
+def rounded(module, dtype: torch.dtype):
+    """The module in float64, its weights rounded to a dtype."""
+    return module.to(dtype).double()
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 2) -> Tensor:
+    """Random float64 numbers that the dtype can represent."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).double()
+
+
+def states(module, *batch: int, dtype: torch.dtype = torch.float64, seed: int = 3):
+    """Random initial states for a module of layers, [L*D, *batch, size], as its forward takes."""
+    count = module.num_layers * (2 if module.bidirectional else 1)
+    h0 = draw(count, *batch, module.proj_size or module.hidden_size, dtype=dtype, seed=seed)
+    if module.mode != "LSTM":
+        return h0
+    return h0, draw(count, *batch, module.hidden_size, dtype=dtype, seed=seed + 1)
