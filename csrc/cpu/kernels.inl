@@ -1,0 +1,45 @@
+// The kernels of one instruction set. Each kernels_<isa>.cpp switches the compiler to its
+// instruction set, defines FUSED_RNN_ISA and FUSED_RNN_REGISTERS, and includes this file once.
+//
+// Nothing here may use a template or inline function of a library: the linker keeps one copy of
+// each, and it could be the copy compiled for instructions the machine does not have.
+
+#define FN inline __attribute__((always_inline))
+#define FN_LAMBDA __attribute__((always_inline))
+
+#include "math/gates.h"
+
+namespace fused_rnn::cpu {
+namespace FUSED_RNN_ISA {
+namespace {
+
+#include FUSED_RNN_SIMD
+#include "vector_math.inl"
+#include "rows.inl"
+#include "gemm.inl"
+#include "scan.inl"
+#include "lstm.inl"
+#include "gru.inl"
+#include "rnn.inl"
+#include "matmul.inl"
+
+#define FUSED_RNN_BY_DTYPE(run, Params)                                         \
+  [](const Params& p, DType dtype) {                                            \
+    dtype == DType::kFloat64 ? run<double>(p) : run<float>(p);                  \
+  }
+
+}  // namespace
+}  // namespace FUSED_RNN_ISA
+
+extern const Kernels FUSED_RNN_TABLE;
+const Kernels FUSED_RNN_TABLE = {
+    FUSED_RNN_BY_DTYPE(FUSED_RNN_ISA::run_lstm_forward, LstmForward),
+    FUSED_RNN_BY_DTYPE(FUSED_RNN_ISA::run_lstm_backward, LstmBackward),
+    FUSED_RNN_BY_DTYPE(FUSED_RNN_ISA::run_gru_forward, GruForward),
+    FUSED_RNN_BY_DTYPE(FUSED_RNN_ISA::run_gru_backward, GruBackward),
+    FUSED_RNN_BY_DTYPE(FUSED_RNN_ISA::run_rnn_forward, RnnForward),
+    FUSED_RNN_BY_DTYPE(FUSED_RNN_ISA::run_rnn_backward, RnnBackward),
+    FUSED_RNN_BY_DTYPE(FUSED_RNN_ISA::run_matmul, Matmul),
+};
+
+}  // namespace fused_rnn::cpu

@@ -1,0 +1,115 @@
+// The matrix product [N, M, K] x [N, K, L] + bias on the tiles of gemm.inl, so that a row's bits
+// depend neither on the other rows nor on the threads.
+// Included inside the instruction set's anonymous namespace; see kernels.inl.
+
+constexpr int64_t kChunkK = 512;    // K is taken in chunks: a panel of 4 vectors then fits the L2
+constexpr int64_t kGroupTiles = 16; // row tiles that share a pass over one panel
+
+static_assert(kChunkK % kBlockK == 0, "the order of sums must not depend on the chunks");
+
+template <class T>
+class Product {
+ public:
+  explicit Product(const Matmul& q)
+      : p_(q),
+        blocks_(1, Vec<T>::kWidth, q.l),
+        tiles_((q.m + kRows - 1) / kRows),
+        packs_a_(q.a.column != 1 || q.a.dtype != kNative<T>) {}
+
+  void run() {
+    const int64_t threads = thread_count();
+    const double flops = 2.0 * p_.n * p_.m * p_.k * p_.l * (sizeof(T) / 4);
+    threaded_ = threads > 1 && flops > kFlopsPerSecond * kSecondsWorthThreads;
+    const int64_t chunk = p_.k < kChunkK ? p_.k : kChunkK;
+    Workspace<T> memory;
+    panels_ = memory.take(chunk * blocks_.row_elements());
+    // A tile's columns lie kRows apart, and each store writes a whole vector.
+    if (packs_a_) packed_a_ = memory.take(chunk * tiles_ * kRows + Vec<T>::kWidth * tiles_);
+    for (int64_t n = 0; n < p_.n; ++n) {
+      int64_t at = 0;
+      do {
+        const int64_t depth = p_.k - at < kChunkK ? p_.k - at : kChunkK;
+        one_chunk(n, at, depth);
+        at += depth;
+      } while (at < p_.k);
+    }
+  }
+
+ private:
+  static constexpr int kRows = kTileRows[kMaxVectors];
+
+  void one_chunk(int64_t n, int64_t at, int64_t depth) {
+    const Weights b{p_.b.data, p_.b.dtype, 1, p_.l, depth, 0, p_.b.column, p_.b.row};
+    const int64_t b_start = n * p_.b.batch + at * p_.b.row;
+    parallel(blocks_.count, threaded_, [&](int64_t block) {
+      pack_panel(b, b_start, blocks_, block, panels_ + blocks_.row_offset(block) * depth);
+    });
+    const int64_t a_start = n * p_.a.batch + at * p_.a.column;
+    if (packs_a_) {
+      const Weights a{p_.a.data, p_.a.dtype, 1, p_.m, depth, 0, p_.a.row, p_.a.column};
+      parallel(tiles_, threaded_, [&](int64_t tile) {
+        const int rows = lanes_at(p_.m, tile * kRows, kRows);
+        pack_vector(a, a_start + tile * kRows * p_.a.row, rows, tile_a(tile, depth), kRows);
+      });
+    }
+    const int64_t groups = (tiles_ + kGroupTiles - 1) / kGroupTiles;
+    parallel(groups * blocks_.count, threaded_, [&](int64_t task) {
+      const int64_t group = task / blocks_.count, block = task % blocks_.count;
+      const int64_t last = (group + 1) * kGroupTiles;
+      for (int64_t tile = group * kGroupTiles; tile < (last < tiles_ ? last : tiles_); ++tile) {
+        one_tile(n, at, depth, a_start, tile, block);
+      }
+    });
+  }
+
+  FN T* tile_a(int64_t tile, int64_t depth) const {
+    return packed_a_ + tile * (depth * kRows + Vec<T>::kWidth);
+  }
+
+  void one_tile(int64_t n, int64_t at, int64_t depth, int64_t a_start, int64_t tile,
+                int64_t block) const {
+    using V = Vec<T>;
+    const int vectors = blocks_.depth_vectors(block);
+    const int64_t first = tile * kRows, u = blocks_.first_unit(block);
+    const int rows = lanes_at(p_.m, first, kRows);
+    alignas(64) T sums[kRows * kMaxVectors * V::kWidth];
+    T* out = static_cast<T*>(p_.out) + (n * p_.m + first) * p_.l + u;
+    const auto each = [&](auto&& function) FN_LAMBDA {
+      for (int m = 0; m < rows; ++m) {
+        for (int v = 0; v < vectors; ++v) {
+          const int lanes = lanes_at(p_.l, u + v * V::kWidth, V::kWidth);
+          function(sums + (m * vectors + v) * V::kWidth, out + m * p_.l + v * V::kWidth, v, lanes);
+        }
+      }
+    };
+    if (at > 0) each([](T* s, T* o, int, int lanes) { V::load(o, lanes).store(s); });
+    const T* panel = panels_ + blocks_.row_offset(block) * depth;
+    if (packs_a_) {
+      tile_product<T>(rows, vectors, tile_a(tile, depth), 1, kRows, panel, depth, sums, at > 0);
+    } else {
+      const T* a = static_cast<const T*>(p_.a.data) + a_start + first * p_.a.row;
+      tile_product<T>(rows, vectors, a, p_.a.row, 1, panel, depth, sums, at > 0);
+    }
+    const bool biased = p_.bias.data != nullptr && at + depth == p_.k;
+    each([&](T* s, T* o, int v, int lanes) {
+      V x = V::load(s);
+      if (biased) {
+        const int64_t from = n * p_.bias.batch + (u + v * V::kWidth) * p_.bias.column;
+        x = x + load<T>(p_.bias.data, p_.bias.dtype, from, lanes);
+      }
+      x.store(o, lanes);
+    });
+  }
+
+  const Matmul& p_;
+  Blocks blocks_;
+  int64_t tiles_;
+  bool packs_a_, threaded_ = false;
+  T *panels_ = nullptr, *packed_a_ = nullptr;
+};
+
+template <class T>
+void run_matmul(const Matmul& p) {
+  if (p.n == 0 || p.m == 0 || p.l == 0) return;
+  Product<T>(p).run();
+}

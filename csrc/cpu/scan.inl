@@ -1,0 +1,361 @@
+// How a scan runs: packed weights, state kept between steps, and the work shared among threads.
+// Included inside the instruction set's anonymous namespace; see kernels.inl.
+//
+// A step is one or two phases. A phase multiplies an operand row [depth] by packed weights and hands
+// the sums of one block of units to the scan's epilogue, which does the gate arithmetic. Phases of
+// a step, and steps, follow one another; blocks and rows are independent.
+
+// Buffers of one call, released together.
+template <class T>
+class Workspace {
+ public:
+  Workspace() = default;
+  Workspace(const Workspace&) = delete;
+  ~Workspace() {
+    for (int i = 0; i < count_; ++i) free_workspace(taken_[i]);
+  }
+  T* take(int64_t elements) {
+    taken_[count_] = allocate_workspace(static_cast<size_t>(elements) * sizeof(T));
+    return static_cast<T*>(taken_[count_++]);
+  }
+
+ private:
+  void* taken_[8];
+  int count_ = 0;
+};
+
+// Rows of acc values [S, B, ld]; an alternating state is two of them, by the parity of the step.
+template <class T>
+struct State {
+  T* data = nullptr;
+  int64_t ld = 0, batch = 0, size = 0;
+
+  State() = default;
+  State(Workspace<T>& memory, const Layer& layer, int64_t width, bool alternating)
+      : ld((width + 15) / 16 * 16), batch(layer.batch), size(layer.stack * layer.batch * ld) {
+    data = memory.take(size * (alternating ? 2 : 1));
+  }
+  FN T* row(int64_t s, int64_t b, int64_t parity = 0) const {
+    return data + parity * size + (s * batch + b) * ld;
+  }
+};
+
+template <class T>
+struct Phase {
+  Weights weights;
+  int64_t entry;      // stride of the stack in the weights' elements
+  Blocks blocks;
+  State<T> operand;   // [S, B, depth]
+  bool alternating;   // the operand is the state of the step's parity
+  T* panels;          // [S][weights.depth * blocks.row_elements()]
+
+  Phase() = default;
+  // Gate g, unit u, column k of entry s is w.data[s * entry + offset + g * gate + u * unit + k *
+  // column].
+  Phase(Workspace<T>& memory, const Layer& layer, const Rows& w, int64_t offset, int gates,
+        int64_t units, int64_t depth, int64_t gate, int64_t unit, int64_t column,
+        const State<T>& operand_, bool alternating_)
+      : entry(w.entry),
+        blocks(gates, Vec<T>::kWidth, units),
+        operand(operand_),
+        alternating(alternating_) {
+    const char* start = static_cast<const char*>(w.data) + offset * size_of(w.dtype);
+    weights = Weights{start, w.dtype, gates, units, depth, gate, unit, column};
+    panels = memory.take(layer.stack * panel_elements());
+  }
+  FN int64_t panel_elements() const { return weights.depth * blocks.row_elements(); }
+  FN T* panel(int64_t s, int64_t block) const {
+    return panels + s * panel_elements() + blocks.row_offset(block) * weights.depth;
+  }
+};
+
+// Rates the choice of threads is made by: rough figures of one core of a server of the 2020s, good
+// enough to tell 10 us from 100 us.
+constexpr double kFlopsPerSecond = 5e10;
+constexpr double kCacheBytesPerSecond = 6e10;
+constexpr double kMemoryBytesPerSecond = 1e10;
+constexpr double kSecondsPerRegion = 4e-6;  // to start and join PyTorch's threads
+constexpr double kSecondsWorthThreads = 2e-5;
+
+template <class Function>
+void parallel(int64_t count, bool threads, Function&& function) {
+  using Plain = __remove_reference(Function);
+  if (!threads) {
+    for (int64_t i = 0; i < count; ++i) function(i);
+    return;
+  }
+  parallel_tasks(
+      count, [](void* context, int64_t i) { (*static_cast<Plain*>(context))(i); }, &function);
+}
+
+// Runs a scan: Scan has layer, phases, phase[], kBackward, and for one row b of entry s
+//   start(s, b)                                  before the first step
+//   rows(phase, i, t, s, b, u, vectors, tile)    epilogue of units [u, ...) of the i-th step, at t
+//   finish(s, b, u, vectors, tile)               backward: units of phase 0 after the last step
+//   end(s, b)                                    after all
+template <class T, class Scan>
+class Runner {
+ public:
+  explicit Runner(const Scan& scan) : scan_(scan), layer_(scan.layer) {}
+
+  void run() {
+    if (layer_.batch == 0 || layer_.stack == 0) return;
+    const int64_t threads = thread_count();
+    pack(threads);
+    const int64_t stack = layer_.stack, batch = layer_.batch;
+    const int64_t chunks = stack % threads == 0 ? 1 : threads < batch ? threads : batch;
+    const double alone = stack * step_seconds(batch, weight_bytes());
+    const double by_rows = (stack * chunks + threads - 1) / threads *
+                           step_seconds((batch + chunks - 1) / chunks, weight_bytes());
+    const double by_units =
+        stack * step_seconds(static_cast<double>(batch) / threads, weight_bytes() / threads) +
+        scan_.phases * kSecondsPerRegion;
+    if (threads == 1 || alone * layer_.steps < kSecondsWorthThreads ||
+        (alone <= by_rows && alone <= by_units)) {
+      for (int64_t s = 0; s < stack; ++s) sequence(s, 0, batch);
+    } else if (by_rows <= by_units) {
+      parallel(stack * chunks, true, [&](int64_t task) {
+        const int64_t chunk = task % chunks;
+        sequence(task / chunks, batch * chunk / chunks, batch * (chunk + 1) / chunks);
+      });
+    } else {
+      in_units();
+    }
+  }
+
+ private:
+  // Bytes of one entry's packed weights, all phases.
+  double weight_bytes() const {
+    double bytes = 0;
+    for (int p = 0; p < scan_.phases; ++p) bytes += sizeof(T) * scan_.phase[p].panel_elements();
+    return bytes;
+  }
+  // One step of one entry on one thread.
+  double step_seconds(double rows, double bytes) const {
+    const double flops = 2 * rows * weight_bytes() / sizeof(T) * (sizeof(T) / 4);
+    const double rate = bytes < 0.75 * l2_bytes() ? kCacheBytesPerSecond : kMemoryBytesPerSecond;
+    const double compute = flops / kFlopsPerSecond, traffic = bytes / rate;
+    return compute > traffic ? compute : traffic;
+  }
+
+  void pack(int64_t threads) {
+    for (int p = 0; p < scan_.phases; ++p) {
+      const Phase<T>& phase = scan_.phase[p];
+      const int64_t count = phase.blocks.count;
+      const bool large = layer_.stack * phase.panel_elements() >= 1 << 17;
+      parallel(layer_.stack * count, large && threads > 1, [&](int64_t task) {
+        const int64_t s = task / count, block = task % count;
+        pack_panel(phase.weights, s * phase.entry, phase.blocks, block, phase.panel(s, block));
+      });
+    }
+  }
+
+  FN int64_t step_at(int64_t i, int64_t s) const {
+    const bool down = (layer_.reverse[s] != 0) != Scan::kBackward;
+    return down ? layer_.steps - 1 - i : i;
+  }
+
+  // Rows [from, to) of entry s, start to end.
+  void sequence(int64_t s, int64_t from, int64_t to) const {
+    for (int64_t b = from; b < to; ++b) scan_.start(s, b);
+    for (int64_t i = 0; i < layer_.steps; ++i) {
+      for (int p = 0; p < scan_.phases; ++p) {
+        for (int64_t block = 0; block < scan_.phase[p].blocks.count; ++block) {
+          tiles(p, i, s, block, from, to);
+        }
+      }
+    }
+    if constexpr (Scan::kBackward) {
+      for (int64_t block = 0; block < scan_.phase[0].blocks.count; ++block) {
+        tiles(0, layer_.steps, s, block, from, to);
+      }
+    }
+    for (int64_t b = from; b < to; ++b) scan_.end(s, b);
+  }
+
+  // All rows, every phase of every step shared out by blocks of units.
+  void in_units() const {
+    const int64_t batch = layer_.batch;
+    const auto each_row = [&](auto&& function) {
+      for (int64_t s = 0; s < layer_.stack; ++s) {
+        for (int64_t b = 0; b < batch; ++b) function(s, b);
+      }
+    };
+    each_row([&](int64_t s, int64_t b) { scan_.start(s, b); });
+    for (int64_t i = 0; i < layer_.steps + Scan::kBackward; ++i) {
+      for (int p = 0; p < (i == layer_.steps ? 1 : scan_.phases); ++p) {
+        const int64_t count = scan_.phase[p].blocks.count;
+        parallel(layer_.stack * count, true,
+                 [&](int64_t task) { tiles(p, i, task / count, task % count, 0, batch); });
+      }
+    }
+    each_row([&](int64_t s, int64_t b) { scan_.end(s, b); });
+  }
+
+  // One block of units of phase p for rows [from, to), at the i-th step; i == steps finishes.
+  void tiles(int p, int64_t i, int64_t s, int64_t block, int64_t from, int64_t to) const {
+    const Phase<T>& phase = scan_.phase[p];
+    const int units = phase.blocks.depth_vectors(block), vectors = units * phase.weights.gates;
+    const int64_t u = phase.blocks.first_unit(block);
+    const int64_t depth = phase.weights.depth, ld = phase.operand.ld;
+    const T* panel = phase.panel(s, block);
+    const bool finishing = i == layer_.steps;
+    const int64_t t = finishing ? 0 : step_at(i, s);
+    // Tiles as even as can be: a remainder of one row would run at a fraction of the speed.
+    const int64_t count = (to - from + kTileRows[vectors] - 1) / kTileRows[vectors];
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t b = from + (to - from) * k / count;
+      const int rows = static_cast<int>(from + (to - from) * (k + 1) / count - b);
+      alignas(64) T tile[kMaxTileElements];
+      if (Scan::kBackward && p == 0 && i == 0) {
+        for (int e = 0; e < rows * vectors * Vec<T>::kWidth; ++e) tile[e] = T(0);
+      } else if (Scan::kBackward || any_active(t, b, rows)) {
+        const T* operand = phase.operand.row(s, b, phase.alternating ? i & 1 : 0);
+        tile_product<T>(rows, vectors, operand, ld, 1, panel, depth, tile, false);
+      }
+      for (int m = 0; m < rows; ++m) {
+        const T* sums = tile + m * vectors * Vec<T>::kWidth;
+        if constexpr (Scan::kBackward) {
+          if (finishing) {
+            scan_.finish(s, b + m, u, units, sums);
+            continue;
+          }
+        }
+        scan_.rows(p, i, t, s, b + m, u, units, sums);
+      }
+    }
+  }
+
+  // Whether a forward step needs the product for any of these rows.
+  bool any_active(int64_t t, int64_t b, int rows) const {
+    for (int m = 0; m < rows; ++m) {
+      if (!ended(layer_, t, b + m)) return true;
+    }
+    return false;
+  }
+
+  static constexpr int kMaxTileElements = 24 * Vec<T>::kWidth;
+  const Scan& scan_;
+  const Layer& layer_;
+};
+
+template <class T, class Scan>
+void run_scan(const Scan& scan) {
+  Runner<T, Scan>(scan).run();
+}
+
+FN int lanes_at(int64_t units, int64_t u, int width) {
+  return units - u < width ? static_cast<int>(units - u) : width;
+}
+
+// What the forward scans share: the hidden state, its output and its final value.
+template <class T>
+struct ForwardScan {
+  using V = Vec<T>;
+  static constexpr bool kBackward = false;
+  static constexpr int kWidth = V::kWidth;
+  const Layer& layer;
+  Rows h0, y, h_n;  // [S, B, P] [T, B, S, P] [S, B, P]
+  State<T> h;       // [S, B, P] alternating: h entering the step, zeroed where a segment starts
+  int phases = 1;
+  Phase<T> phase[2];
+
+  ForwardScan(Workspace<T>& memory, const Layer& l, const Rows& h0_, const Rows& y_,
+              const Rows& h_n_)
+      : layer(l), h0(h0_), y(y_), h_n(h_n_), h(memory, l, l.out, true) {}
+
+  FN bool reverse(int64_t s) const { return layer.reverse[s] != 0; }
+  FN bool last(int64_t i) const { return i + 1 == layer.steps; }
+  // The state after step t is zeroed before the next step.
+  FN bool cut_after(int64_t t, int64_t s, int64_t b) const {
+    const int64_t next = reverse(s) ? t - 1 : t + 1;
+    return next >= 0 && next < layer.steps && was_reset(layer, reverse(s), next, b);
+  }
+  // target[0, n) = the initial state of row b, zeroed where the first step starts a segment.
+  FN void start_state(T* target, const Rows& initial, int64_t s, int64_t b, int64_t n) const {
+    const int64_t t = reverse(s) ? layer.steps - 1 : 0;
+    const bool cut = was_reset(layer, reverse(s), t, b);
+    const Row from(initial, 0, b, s);
+    for (int64_t u = 0; u < n; u += kWidth) {
+      const int lanes = lanes_at(n, u, kWidth);
+      (cut ? V(T(0)) : from.load_or_zero<T>(u, lanes)).store(target + u, lanes);
+    }
+  }
+  void start(int64_t s, int64_t b) const { start_state(h.row(s, b), h0, s, b, layer.out); }
+  void end(int64_t, int64_t) const {}
+
+  FN V h_prev(int64_t i, int64_t s, int64_t b, int64_t u, int n) const {
+    return V::load(h.row(s, b, i & 1) + u, n);
+  }
+  // Hand on the new hidden state of units [u, u + n); over: the step was not taken.
+  FN void put_h(int64_t i, int64_t t, int64_t s, int64_t b, int64_t u, int n, bool over, bool cut,
+                V value) const {
+    const V zero(T(0));
+    if (over) value = h_prev(i, s, b, u, n);
+    Row(y, t, b, s).store<T>(u, n, over ? zero : value);
+    (cut ? zero : value).store(h.row(s, b, (i + 1) & 1) + u, n);
+    if (last(i)) Row(h_n, 0, b, s).store<T>(u, n, value);
+  }
+};
+
+// What the backward scans share. The gradient that reaches the state after a step is `carried`
+// (what does not pass the recurrent weights) plus the product of `operand`, the gate gradients of
+// the step processed before; both are zero where a segment began there.
+template <class T>
+struct BackwardScan {
+  using V = Vec<T>;
+  static constexpr bool kBackward = true;
+  static constexpr int kWidth = V::kWidth;
+  const Layer& layer;
+  Rows dy, dh_n, dh0;          // [T, B, S, P] [S, B, P] (either may be null), [S, B, P]
+  State<T> operand, carried;   // [S, B, G*H] alternating, [S, B, P]
+  int phases = 1;
+  Phase<T> phase[2];
+
+  BackwardScan(Workspace<T>& memory, const Layer& l, int64_t depth, const Rows& dy_,
+               const Rows& dh_n_, const Rows& dh0_)
+      : layer(l),
+        dy(dy_),
+        dh_n(dh_n_),
+        dh0(dh0_),
+        operand(memory, l, depth, true),
+        carried(memory, l, l.out, false) {}
+
+  FN bool reverse(int64_t s) const { return layer.reverse[s] != 0; }
+  FN void start_state(T* target, const Rows& initial, int64_t s, int64_t b, int64_t n) const {
+    const Row from(initial, 0, b, s);
+    for (int64_t u = 0; u < n; u += kWidth) {
+      const int lanes = lanes_at(n, u, kWidth);
+      from.load_or_zero<T>(u, lanes).store(target + u, lanes);
+    }
+  }
+  void start(int64_t s, int64_t b) const {
+    start_state(carried.row(s, b), dh_n, s, b, layer.out);
+  }
+  void end(int64_t, int64_t) const {}
+
+  // The whole gradient of the state after the step; dy counts only where the step was taken.
+  FN V gradient(int64_t t, int64_t s, int64_t b, int64_t u, int n, bool over, V product) const {
+    V dh = V::load(carried.row(s, b) + u, n) + product;
+    if (!over) dh = dh + Row(dy, t, b, s).load_or_zero<T>(u, n);
+    return dh;
+  }
+  FN void carry(int64_t s, int64_t b, int64_t u, int n, V value) const {
+    value.store(carried.row(s, b) + u, n);
+  }
+  FN T* next_operand(int64_t i, int64_t s, int64_t b) const {
+    return operand.row(s, b, (i + 1) & 1);
+  }
+  void finish(int64_t s, int64_t b, int64_t u, int vectors, const T* sums) const {
+    for (int v = 0; v < vectors; ++v, u += kWidth, sums += kWidth) {
+      const int n = lanes_at(layer.out, u, kWidth);
+      Row(dh0, 0, b, s).store<T>(u, n, V::load(carried.row(s, b) + u, n) + V::load(sums));
+    }
+  }
+  // The state that entered step t: a step's value, the initial one, or absent (zero).
+  FN Row entering(const Rows& states, const Rows& initial, int64_t t, int64_t s, int64_t b) const {
+    if (was_reset(layer, reverse(s), t, b)) return Row(Rows{}, 0, 0, 0);
+    const int64_t from = entered_from(layer, reverse(s), t, b);
+    return from < 0 ? Row(initial, 0, b, s) : Row(states, from, b, s);
+  }
+};
