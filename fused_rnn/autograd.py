@@ -170,7 +170,7 @@ def _rebuild_gates(spec: LayerSpec, inputs: LayerInputs, h_prev: Tensor | None) 
     x, w_ih, w_hh, b_ih, b_hh, _, _, _, flags = inputs
     size = w_hh.shape[2]
     bias, b_hn = fold_bias(spec, b_ih, b_hh, size)
-    gates_x = _project(spec, x, w_ih, bias)
+    gates_x = _project(spec, _without_padding(x, flags if spec.ragged else None), w_ih, bias)
 
     def recurrent(h: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         """h [T, B, S, P] times w [S, N, P]^T -> [T, B, S, N]."""

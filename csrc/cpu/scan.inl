@@ -78,14 +78,14 @@ constexpr double kSecondsPerRegion = 4e-6;  // to start and join PyTorch's threa
 constexpr double kSecondsWorthThreads = 2e-5;
 
 template <class Function>
-void parallel(int64_t count, bool threads, Function&& function) {
-  using Plain = __remove_reference(Function);
+void parallel(int64_t count, bool threads, const Function& function) {
   if (!threads) {
     for (int64_t i = 0; i < count; ++i) function(i);
     return;
   }
   parallel_tasks(
-      count, [](void* context, int64_t i) { (*static_cast<Plain*>(context))(i); }, &function);
+      count, [](void* context, int64_t i) { (*static_cast<const Function*>(context))(i); },
+      const_cast<Function*>(&function));
 }
 
 // Runs a scan: Scan has layer, phases, phase[], kBackward, and for one row b of entry s
