@@ -57,9 +57,10 @@ def make_parser():
     add("--dtypes", type=_names, default=["float32"], metavar="NAMES",
         help=f"of {','.join(DTYPES)}; default float32")  # fmt: skip
     for axis, meaning in zip("TBIH", ("steps", "rows", "input size", "hidden size"), strict=True):
-        add(f"-{axis}", type=_sizes, default=[], metavar="N,N", help=f"{meaning}, instead of the case's")
+        about = f"{meaning}, in place of the case's own"
+        add(f"-{axis}", type=_sizes, default=[], metavar="N,N", help=about)
     add("--providers", type=_names, default=[], metavar="NAMES",
-        help=f"default {','.join(providers.DEFAULT)}; ours:NAME: one backend, ours:all: each")  # fmt: skip
+        help=f"default {','.join(providers.DEFAULT)}; ours:all: each backend")  # fmt: skip
     add("--device", default="cpu", help="cpu (default) or cuda")
     add("--threads", type=int, metavar="N", help="torch's and ONNX Runtime's threads")
     add("--budget", type=float, metavar="S",
@@ -81,7 +82,7 @@ def listing():
         names = [case.name, *map(" ".join, (case.cells, case.quick, case.modes))]
         sizes = [str(n) for n in (case.T, case.B, case.I, case.H, case.layers)]
         lines.append(names + sizes + [", ".join(extra)])
-    out = [report.align(lines), "", "providers:"]
+    out = [report.align(lines, left=("cells", "quick", "modes", "besides")), "", "providers:"]
     every = [name for name in providers.existing() if name != "ours:all"]
     for provider in providers.find(every):
         out.append(f"  {provider.name:24} {provider.unavailable('cpu') or 'available'}")

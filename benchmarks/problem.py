@@ -168,9 +168,7 @@ def call_segmented(module, x, hx, reset):
     lengths = torch.where(is_last, T, following) - begin
     offset = torch.arange(int(lengths.max()), device=x.device)[:, None]
     step = (begin + offset).clamp(max=T - 1)  # [longest, episodes]
-    packed = nn.utils.rnn.pack_padded_sequence(
-        x[step, row], lengths.cpu(), enforce_sorted=False
-    )
+    packed = nn.utils.rnn.pack_padded_sequence(x[step, row], lengths.cpu(), enforce_sorted=False)
     carried = (begin == 0) & ~reset[0][row]
 
     def spread(part):
@@ -183,9 +181,7 @@ def call_segmented(module, x, hx, reset):
     first = torch.searchsorted(row, torch.arange(B, device=x.device))  # [B], a row's first episode
     episode = first + starts.long().cumsum(0) - 1  # [T, B]
     state = (
-        tuple(part[:, is_last] for part in state)
-        if isinstance(state, tuple)
-        else state[:, is_last]
+        tuple(part[:, is_last] for part in state) if isinstance(state, tuple) else state[:, is_last]
     )
     return y[steps - begin[episode], episode], state
 

@@ -164,7 +164,20 @@ class OursProvider:
             def context():
                 return package.use_backend(self.backend)
 
-        return ModuleRunner(problem, module, forward, context)
+        runner = ModuleRunner(problem, module, forward, context)
+        runner.backend = self._chosen(package, module, options)
+        return runner
+
+    def _chosen(self, package, module, options):
+        """The backend by name; for the automatic choice, what fused_rnn.explain says of it."""
+        if self.backend != "auto" or not hasattr(package, "explain"):
+            return self.backend
+        said = package.explain(module, **dict.fromkeys(options, True))
+        return f"auto:{said.splitlines()[0].rpartition(': ')[2].split()[0]}"
+
+    def refuses(self, error):
+        """Whether an exception says that the backend does not take such a call."""
+        return isinstance(error, RuntimeError) and f"{self.backend!r} cannot run" in str(error)
 
 
 class OnnxRuntimeProvider:

@@ -47,10 +47,10 @@ def ratio_of(row):
     return Interval(row["ratio"], row["ci_lo"], row["ci_hi"])
 
 
-def align(lines):
-    """Rows of cells as text: the first columns to the left, figures to the right."""
+def align(lines, left=()):
+    """Rows of cells as text: names to the left, figures to the right; the first row is the head."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text_columns = {i for i, name in enumerate(lines[0]) if name in (*KEY, "provider")}
+    text_columns = {i for i, name in enumerate(lines[0]) if name in (*KEY, "provider", *left)}
 
     def render(line):
         cells = [
@@ -125,10 +125,7 @@ def write_csv(result, path):
 
 def write_json(result, path):
     """Metadata once, rows without what it already says."""
-    rows = [
-        {k: v for k, v in row.items() if result["meta"].get(k, self_) != v}
-        for row, self_ in ((row, object()) for row in result["rows"])
-    ]
+    rows = [{k: v for k, v in row.items() if k not in result["meta"]} for row in result["rows"]]
     with open(path, "w") as file:
         json.dump({"meta": result["meta"], "rows": rows}, file, indent=1)
         file.write("\n")

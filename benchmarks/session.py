@@ -64,8 +64,10 @@ def _admit(provider, problem, gate, row):
         row.update(status=REFUSED, reason=str(refusal))
         return None
     except Exception as error:  # whatever a provider raises is a finding, not the end of the run
-        row.update(status=ERROR, reason=first_line(error))
+        refused = getattr(provider, "refuses", lambda error: False)(error)
+        row.update(status=REFUSED if refused else ERROR, reason=first_line(error))
         return None
+    row["backend"] = getattr(runner, "backend", provider.backend)
     row.update(error=verdict.error, error_budget=verdict.budget)
     if not verdict.passed:
         row.update(status=WRONG, reason=str(verdict))

@@ -229,9 +229,11 @@ def backward(
 
     def summed(values: Tensor) -> Tensor:
         """sum over t, b of [T, B, S, N] -> [S, N], in the same bits for any number of threads."""
-        rows = _rows(values).flatten(1).unsqueeze(0)  # [1, T*B, S*N]
-        ones = rows.new_ones(()).expand(1, 1, rows.shape[1])
-        return op["matmul"](ones, rows, None).view(values.shape[2:])
+        if values.shape[2] * values.shape[3] > 1:
+            return values.sum((0, 1))  # PyTorch shares out the columns, never the terms of one sum,
+        ones = values.new_ones(()).expand(1, 1, values.shape[0] * values.shape[1])
+        rows = _rows(values).flatten(1).unsqueeze(0)
+        return op["matmul"](ones, rows, None).view(1, 1)  # unless there is but one sum
 
     dx = dw_ih = dw_hh = db_ih = db_hh = dw_hr = None
     after = spec.cell == "gru" and spec.reset_after
