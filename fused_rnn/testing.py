@@ -227,7 +227,7 @@ def compare(
     return Verdict(name, off, allowed, fault)
 
 
-DRAWS = 3  # how often plain PyTorch's error is sampled: that of one small tensor may be luck
+DRAWS = 6  # how often plain PyTorch's error is sampled: that of one small tensor may be luck
 
 
 @functools.lru_cache(maxsize=512)  # each backend under test asks for the same

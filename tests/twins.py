@@ -51,11 +51,10 @@ def results(module, *args, seed: int = 1, **kwargs) -> dict[str, Tensor]:
         torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
         for out in outputs
     ]
-    pairs = [(out, d) for out, d in zip(outputs, cotangents) if out.requires_grad]
-    grads = torch.autograd.grad(*zip(*pairs), list(leaves.values()), allow_unused=True)
-    for (name, leaf), grad in zip(leaves.items(), grads):
-        found[name] = torch.zeros_like(leaf) if grad is None else grad
-        assert found[name].dtype == leaf.dtype
+    grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
+    for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
+        assert grad.dtype == leaf.dtype
+        found[name] = grad
     return found
 
 
