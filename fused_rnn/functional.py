@@ -144,7 +144,7 @@ def run_layer(
     cell has none or ``return_cells`` is false. Casts under autocast as torch.nn does, whose
     ``single_step`` cells differ from its layers. ``options`` are those of ``_run_layer``."""
     device = inputs.x.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         low = torch.get_autocast_dtype(device)
         # torch.nn on the CPU takes the products of its GRU and LSTMCell in the low dtype and
         # returns float32; its projected LSTM returns c_n alone in float32.
@@ -248,13 +248,10 @@ def _layer(
     if w_hh.dim() not in (2, 3):
         raise _shape_error("w_hh", w_hh, f"[{gates}*H, P] or [S, {gates}*H, P]")
     single = w_hh.dim() == 2
-    if single:
-        w_ih, w_hh, b_ih, b_hh, w_hr = (
-            t.unsqueeze(0) if isinstance(t, Tensor) else t for t in (w_ih, w_hh, b_ih, b_hh, w_hr)
-        )
-    stack, width, proj = w_hh.shape
-    hidden, axes = width // gates, "" if single else "S, "
-    lead = (stack,)
+    lead, axes = ((), "") if single else ((w_hh.shape[0],), "S, ")
+    stack = 1 if single else w_hh.shape[0]
+    width, proj = w_hh.shape[-2:]
+    hidden = width // gates
     if width != gates * hidden or hidden == 0 or (w_hr is None and proj != hidden):
         raise _shape_error("w_hh", w_hh, f"[{axes}{gates}*H, H] with H > 0")
     _expect("w_hr", w_hr, (*lead, proj, hidden), f"[{axes}P, H]")
@@ -279,6 +276,10 @@ def _layer(
         _expect("w_ih", w_ih, (*lead, width, x.shape[2]), f"[{axes}{gates}*H, I]")
     _expect("b_ih", b_ih, (*lead, width), f"[{axes}{gates}*H]")
     _expect("b_hh", b_hh, (*lead, width), f"[{axes}{gates}*H]")
+    if single:
+        w_ih, w_hh, b_ih, b_hh, w_hr = (
+            None if t is None else t.unsqueeze(0) for t in (w_ih, w_hh, b_ih, b_hh, w_hr)
+        )
     if steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 

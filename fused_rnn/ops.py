@@ -195,7 +195,12 @@ def _unfold(tensor: Tensor, at: int, size: int) -> Tensor:
 def _map_over_samples(op, info, in_dims, args, num_outputs):
     """Call once per sample: the one case that no axis of the waist can hold."""
     samples = [
-        op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+        op(
+            *(
+                a.select(d, i) if isinstance(d, int) else a
+                for a, d in zip(args, in_dims, strict=True)
+            )
+        )
         for i in range(info.batch_size)
     ]
     outputs = tuple(torch.stack(parts) for parts in zip(*samples, strict=True))
