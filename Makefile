@@ -42,7 +42,7 @@ lint: env  ## ruff and clang-format, changing nothing
 	@$(CLANG_FORMAT) --dry-run -Werror
 
 format: env  ## ruff and clang-format, changing files
-	@.venv/bin/ruff check --fix
+	@.venv/bin/ruff check --fix-only
 	@.venv/bin/ruff format
 	@$(CLANG_FORMAT) -i
 

@@ -23,7 +23,7 @@ class Case:
     variant: str
     T: int
     B: int
-    I: int  # noqa: E741 -- T, B, I, H are the field's names
+    I: int
     H: int
     cells: tuple = ("LSTM", "GRU")
     modes: tuple = MODES
@@ -135,7 +135,7 @@ def find_cases(names, cases=CASES):
     return [case for case in cases if case.use in chosen or case.name in chosen]
 
 
-def resize(case, *, T=(), B=(), I=(), H=()):  # noqa: E741
+def resize(case, *, T=(), B=(), I=(), H=()):
     """The case at every combination of the given sizes; an empty list keeps its own."""
     sizes = {"T": T, "B": B, "I": I, "H": H}
     given = {axis: values for axis, values in sizes.items() if values}

@@ -11,7 +11,7 @@ import time
 import torch
 
 from benchmarks.cases import GATES
-from benchmarks.timing import SETTLE_S, clock_for
+from benchmarks.timing import SETTLE_S, clock_for, threads
 
 MEASURE_S = 0.03
 # A tall product shows the machine's rate; rows beyond this do not raise it.
@@ -36,19 +36,24 @@ def weight_bytes(problem):
 
 
 def _best(call, device):
-    """The shortest of repeated calls, in seconds."""
-    clock = clock_for(device)
-    time.sleep(SETTLE_S)
-    clock.measure(call, 0, 2)
-    times, begin = [], time.perf_counter()
-    while not times or time.perf_counter() - begin < MEASURE_S:
-        times.append(clock.measure(call, 0, 1))
+    """The shortest of repeated calls, in seconds, on one thread or on all.
+
+    One thread is tried besides because a busy neighbour slows all threads to its own time slices.
+    """
+    clock, times, configured = clock_for(device), [], torch.get_num_threads()
+    for number in {1, configured}:
+        with threads(number):
+            time.sleep(SETTLE_S)
+            clock.measure(call, 0, 2)
+            begin = time.perf_counter()
+            while time.perf_counter() - begin < MEASURE_S:
+                times.append(clock.measure(call, 0, 1))
     return min(times)
 
 
 @functools.cache
-def mm_rate(rows, inner, columns, dtype, device, threads):
-    """Operations a second of torch.mm. `threads` is part of the key only."""
+def mm_rate(rows, inner, columns, dtype, device, num_threads):
+    """Operations a second of torch.mm; num_threads is there for the cache."""
     rows = min(max(rows, MM_ROWS[0]), MM_ROWS[1])
     a = torch.randn(rows, inner, device=device).to(dtype)
     b = torch.randn(inner, columns, device=device).to(dtype)
@@ -57,7 +62,7 @@ def mm_rate(rows, inner, columns, dtype, device, threads):
 
 
 @functools.cache
-def read_bandwidth(bytes_, device, threads):
+def read_bandwidth(bytes_, device, num_threads):
     """Bytes a second at which a working set of this size is read, from whatever cache holds it."""
     half = max(bytes_ // 8, 1)
     a, b = torch.randn(2, half, device=device)
@@ -70,10 +75,10 @@ def read_bandwidth(bytes_, device, threads):
 def floor_s(problem):
     """Seconds below which a call cannot come."""
     case = problem.job.case
-    threads = torch.get_num_threads()
+    number = torch.get_num_threads()
     inner = case.I + (case.proj or case.H)
     columns = GATES[problem.job.cell] * case.H
     device = str(problem.device)
-    rate = mm_rate(problem.rows, inner, columns, problem.dtype, device, threads)
+    rate = mm_rate(problem.rows, inner, columns, problem.dtype, device, number)
     bytes_ = weight_bytes(problem)
-    return max(operations(problem) / rate, bytes_ / read_bandwidth(bytes_, device, threads))
+    return max(operations(problem) / rate, bytes_ / read_bandwidth(bytes_, device, number))

@@ -112,7 +112,7 @@ class OnnxRunner:
         self.session = onnxruntime.InferenceSession(
             model, options, providers=["CPUExecutionProvider"]
         )
-        self.problem = problem
+        self.problem, self.device = problem, problem.device
         self.feeds = [self._feed(x) for x in problem.xs]
 
     def _feed(self, x):

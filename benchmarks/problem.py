@@ -1,7 +1,7 @@
 """A problem is a job with its tensors: one module's weights, a few inputs, and the torch.nn way."""
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -100,6 +100,19 @@ def make_problem(job, device="cpu"):
         lengths=lengths,
         reset=reset,
     )
+
+
+def redraw(problem, number):
+    """The same weights with other inputs; number 0 is the problem itself."""
+    if number == 0:
+        return problem
+    random = torch.Generator().manual_seed(number)
+
+    def like(tensor):
+        return torch.randn(tensor.shape, generator=random).to(tensor)
+
+    xs, dys = [like(problem.xs[0])], [like(problem.dys[0])]
+    return replace(problem, xs=xs, dys=dys)
 
 
 def cast(problem, dtype):

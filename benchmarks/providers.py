@@ -8,15 +8,16 @@
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.util
-import time
 
 import torch
 
 from benchmarks import onnx_model
 from benchmarks.cases import UnknownName, choose
 from benchmarks.problem import ROTATED_INPUTS, make_module, torch_calls
+from benchmarks.timing import quick_estimate
 
 
 class Refused(Exception):
@@ -34,6 +35,7 @@ class ModuleRunner:
     def __init__(self, problem, module, forward, context=contextlib.nullcontext):
         self.problem, self.module, self.forward = problem, module, forward
         self.training = problem.training
+        self.device = problem.device
         self._context = context
         if self.training:
             # Leaves of its own: the inputs' gradients are part of the work, as under another layer.
@@ -89,30 +91,20 @@ class TorchProvider:
         return None
 
     def prepare(self, problem):
-        runners = {}
+        runners = self._runners(problem)
+        return runners[0] if len(runners) == 1 else min(runners, key=quick_estimate)
+
+    def yardstick(self, problem):
+        """Any idiom's runner: for values, not for time."""
+        return self._runners(problem)[0]
+
+    def _runners(self, problem):
+        runners = []
         for idiom, forward in torch_calls(problem).items():
-            module = problem.module
-
-            def bound(x, hx, forward=forward, module=module):
-                return forward(module, x, hx)
-
-            runners[idiom] = ModuleRunner(problem, module, bound)
-        if len(runners) == 1:
-            return next(iter(runners.values()))
-        return min(runners.values(), key=self._trial)
-
-    @staticmethod
-    def _trial(runner):
-        best = float("inf")
-        with runner.context():
-            for index in range(3):
-                begin = time.perf_counter()
-                runner.call(index)
-                if runner.problem.device.type == "cuda":
-                    torch.cuda.synchronize()
-                best = min(best, time.perf_counter() - begin)
-                runner.clear()
-        return best
+            called = functools.partial(forward, problem.module)
+            runners.append(ModuleRunner(problem, problem.module, called))
+            runners[-1].backend = f"{self.backend} {idiom}"
+        return runners
 
 
 def _fused_rnn():

@@ -16,6 +16,7 @@ BLOCK_S = 0.02  # a block repeats calls for about this long
 SAMPLE_S = 0.0002  # a sample is so many calls that the clock's own cost is below one in a thousand
 SETTLE_S = 0.002  # threads of the runner before spin about this long and would be in the way
 LONGEST_BLOCK_S = 3 * BLOCK_S  # where a neighbour makes calls longer than estimated
+WARM_UP_S = 0.2  # a call longer than this is its own warm-up
 MIN_PASSES, MAX_PASSES = 6, 400
 
 
@@ -64,6 +65,18 @@ def clock_for(device):
     return CudaClock(device) if device.type == "cuda" else CpuClock()
 
 
+def quick_estimate(runner):
+    """Seconds a call takes, roughly: the best of four warm ones, or of what fits into WARM_UP_S."""
+    clock, times = clock_for(runner.device), []
+    with runner.context():
+        clock.measure(runner.call, 0, 1)  # the first call may compile, allocate, choose
+        runner.clear()
+        while len(times) < 4 and sum(times) < WARM_UP_S:
+            times.append(clock.measure(runner.call, 0, 1))
+            runner.clear()
+    return min(times)
+
+
 @dataclass
 class Timing:
     """What one runner gave: seconds a call, one median for each pass, and all samples."""
@@ -81,11 +94,11 @@ class _Lane:
         self.calls = 0
         # Gradients are dropped between samples, outside the clock, so training takes one call each.
         self.single = runner.training
+        estimate = quick_estimate(runner)
         with runner.context():
-            self._sample(1)  # the first call may compile, allocate, choose
-            estimate = min(self._sample(1) for _ in range(3))
             self.timing.peak_memory = clock.peak_memory(runner.call)
             runner.clear()
+        self.slow = estimate > WARM_UP_S
         self.repeat = 1 if self.single else max(1, round(SAMPLE_S / estimate))
         self.samples = max(1, min(200, round(BLOCK_S / (estimate * self.repeat))))
 
@@ -99,7 +112,8 @@ class _Lane:
         """Settle, warm up, time one block."""
         time.sleep(SETTLE_S)
         with self.runner.context():
-            self._sample(self.repeat)
+            if not self.slow:
+                self._sample(self.repeat)
             samples, begin = [], time.perf_counter()
             while len(samples) < self.samples and time.perf_counter() - begin < LONGEST_BLOCK_S:
                 samples.append(self._sample(self.repeat))

@@ -54,9 +54,7 @@ def grid(dtypes: list[torch.dtype]) -> list[Case]:
         common = {"steps": steps, "rows": rows, "inputs": inputs, "hidden": hidden, "dtype": dtype}
         for cell in ("lstm", "gru", "rnn"):
             cases.append(Case(cell, **common))
-            cases.append(
-                Case(cell, reverse=(False, True), lengths=True, reset=True, **common)
-            )
+            cases.append(Case(cell, reverse=(False, True), lengths=True, reset=True, **common))
             cases.append(Case(cell, reverse=(True,), tape="recompute", reset=True, **common))
         cases.append(Case("lstm", proj=max(1, hidden // 3), cells=True, lengths=True, **common))
         cases.append(Case("gru", reset_after=False, lengths=True, reset=True, **common))
@@ -109,9 +107,13 @@ def verify(names: list[str] | None, dtypes: list[torch.dtype]) -> int:
                 rows[key] = (count + 1, max(worst, used), max(largest, verdict.error))
                 if verdict.fault:
                     faults.append(f"{name}: {case}: {verdict.name}: {verdict.fault}")
-    print(f"{'backend':<10} {'cell':<5} {'dtype':<9} {'what':<10} {'n':>4} {'max error':>10} of budget")
+    print(
+        f"{'backend':<10} {'cell':<5} {'dtype':<9} {'what':<10} {'n':>4} {'max error':>10} of budget"
+    )
     for (name, cell, dtype, kind), (count, worst, largest) in sorted(rows.items()):
-        print(f"{name:<10} {cell:<5} {dtype:<9} {kind:<10} {count:>4} {largest:>10.1e} {worst:>8.0%}")
+        print(
+            f"{name:<10} {cell:<5} {dtype:<9} {kind:<10} {count:>4} {largest:>10.1e} {worst:>8.0%}"
+        )
     for name, count in skipped.items():
         if count:
             print(f"{name}: {count} of {len(cases)} cases are not for it")

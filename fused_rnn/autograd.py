@@ -101,9 +101,7 @@ def forward(spec: LayerSpec, inputs: LayerInputs, training: bool) -> tuple[Tenso
     op, reverse = ops.family(spec.backend), spec.reverse
     if spec.cell == "lstm":
         if training:
-            return op["lstm_forward"](
-                gates_x, w_hh, w_hr, h0, c0, flags, reverse, spec.keep_gates
-            )
+            return op["lstm_forward"](gates_x, w_hh, w_hr, h0, c0, flags, reverse, spec.keep_gates)
         return op["lstm_inference"](gates_x, w_hh, w_hr, h0, c0, flags, reverse)
     if spec.cell == "gru":
         if training:
@@ -387,8 +385,12 @@ class Scan(torch.autograd.Function):
         spec, count = ctx.spec, len(LayerInputs._fields)
         inputs, tape = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         wanted = tuple(ctx.needs_input_grad[1 : 1 + _DIFFERENTIABLE])
+        grads = grads[: _OUTPUTS[spec.cell]]
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            results = backward(spec, wanted, grads, LayerInputs(*inputs), tape)
+            return (None, *results)
         function = ForwardModeScanBackward if forward_mode() else ScanBackward
-        found = iter(function.apply(spec, wanted, *grads[: _OUTPUTS[spec.cell]], *inputs, *tape))
+        found = iter(function.apply(spec, wanted, *grads, *inputs, *tape))
         return (None, *(next(found) if needed else None for needed in wanted), None)
 
 

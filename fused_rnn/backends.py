@@ -56,7 +56,9 @@ _extension_missing = _load_extension()
 
 def _cpu_refuses(request: Request) -> str | None:
     if request.device != "cpu":
-        return f"it runs on CPU tensors, the input is on {request.device}; move the module and input"
+        return (
+            f"it runs on CPU tensors, the input is on {request.device}; move the module and input"
+        )
     return None
 
 

@@ -38,9 +38,7 @@ def check_lengths(lengths: Tensor, steps: int, rows: int) -> None:
     if lengths.dtype == torch.bool or lengths.is_floating_point() or lengths.is_complex():
         raise TypeError(f"lengths must have an integer dtype, got {lengths.dtype}")
     if lengths.dim() != 1 or lengths.shape[0] != rows:
-        raise ValueError(
-            f"lengths must have shape [B] = [{rows}], got {list(lengths.shape)}"
-        )
+        raise ValueError(f"lengths must have shape [B] = [{rows}], got {list(lengths.shape)}")
     if torch.compiler.is_compiling() or _is_transformed(lengths):
         return
     valid = ((lengths >= 0) & (lengths <= steps)).all()
@@ -66,9 +64,7 @@ def check_reset(reset: Tensor, shape: tuple[int, int], layout: str) -> None:
     if reset.dtype != torch.bool:
         raise TypeError(f"reset must have dtype torch.bool, got {reset.dtype}; use reset.bool()")
     if tuple(reset.shape) != tuple(shape):
-        raise ValueError(
-            f"reset must have shape {layout} = {list(shape)}, got {list(reset.shape)}"
-        )
+        raise ValueError(f"reset must have shape {layout} = {list(shape)}, got {list(reset.shape)}")
 
 
 def _same_device(inputs: LayerInputs) -> None:

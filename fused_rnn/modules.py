@@ -129,9 +129,7 @@ class _FusedRNNBase(torch.nn.RNNBase):
                 check_reset(reset, tuple(input.shape[:2]), layout)
                 reset = reset.t() if self.batch_first else reset
             flags = make_flags(steps, x.device, lengths, reset)
-        y, finals, cells = self._scan_layers(
-            x, hx, flags, lengths is not None, None, return_cells
-        )
+        y, finals, cells = self._scan_layers(x, hx, flags, lengths is not None, None, return_cells)
         if self.batch_first:
             y, cells = y.transpose(0, 1), tuple(c.transpose(0, 1) for c in cells)
         if not batched:
@@ -340,7 +338,9 @@ class _FusedCell(torch.nn.RNNCellBase):
                     f"hidden{k} has inconsistent hidden_size: got {state.shape[1]}, expected"
                     f" {self.hidden_size}"
                 )
-        h0, c0 = (state.unsqueeze(0) for state in hx) if len(hx) == 2 else (hx[0].unsqueeze(0), None)
+        h0, c0 = (
+            (state.unsqueeze(0) for state in hx) if len(hx) == 2 else (hx[0].unsqueeze(0), None)
+        )
         weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         weights = (None if w is None else w.unsqueeze(0) for w in weights)
         _, h_n, c_n, _ = run_layer(
@@ -349,6 +349,8 @@ class _FusedCell(torch.nn.RNNCellBase):
             (False,),
             relu=getattr(self, "nonlinearity", None) == "relu",
             single_step=True,
+            # A cell of no units is legal in torch.nn; there is nothing for a kernel to do.
+            backend=None if self.hidden_size else "reference",
         )
         states = (h_n[0],) if c_n is None else (h_n[0], c_n[0])
         return states if batched else tuple(state.squeeze(0) for state in states)
@@ -356,9 +358,7 @@ class _FusedCell(torch.nn.RNNCellBase):
     def _check_ranks(self, input: Tensor, hx: tuple[Tensor, ...] | None) -> None:
         name = f"{self._cell.upper()}Cell"
         if input.dim() not in (1, 2):
-            raise ValueError(
-                f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead"
-            )
+            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         for k, state in enumerate(hx or ()):
             if state.dim() not in (1, 2):
                 which = f"hx[{k}]" if self._cell == "lstm" else "hidden"
@@ -373,9 +373,7 @@ class LSTMCell(_FusedCell):
     _cell = "lstm"
 
     def __init__(self, input_size, hidden_size, bias=True, device=None, dtype=None):
-        super().__init__(
-            input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype
-        )
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
 
     def forward(self, input, hx=None):
         """input [B, I] or [I], hx (h, c) [B, H] or [H] or None -> the next (h, c)."""
@@ -390,9 +388,7 @@ class GRUCell(_FusedCell):
     _cell = "gru"
 
     def __init__(self, input_size, hidden_size, bias=True, device=None, dtype=None):
-        super().__init__(
-            input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype
-        )
+        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
 
     def forward(self, input, hx=None):
         """input [B, I] or [I], hx [B, H] or [H] or None -> the next h."""
@@ -410,9 +406,7 @@ class RNNCell(_FusedCell):
     def __init__(
         self, input_size, hidden_size, bias=True, nonlinearity="tanh", device=None, dtype=None
     ):
-        super().__init__(
-            input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype
-        )
+        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
         self.nonlinearity = nonlinearity
 
     def forward(self, input, hx=None):

@@ -50,9 +50,7 @@ def _fake_lstm_inference(gates_x, w_hh, w_hr, h0, c0, flags, reverse):
     return _lstm_state(gates_x, w_hh, h0, c0)
 
 
-def _fake_lstm_backward(
-    dy, dh_n, dc_n, dcells, w_hh, w_hr, c0, cells, gates, flags, reverse
-):
+def _fake_lstm_backward(dy, dh_n, dc_n, dcells, w_hh, w_hr, c0, cells, gates, flags, reverse):
     steps, rows, stack, hidden = cells.shape
     proj = w_hh.shape[2]
     return (

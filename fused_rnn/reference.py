@@ -18,9 +18,7 @@ def lstm_activate(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.sigmoid(a_i), torch.sigmoid(a_f), torch.tanh(a_g), torch.sigmoid(a_o)
 
 
-def gru_activate(
-    gates_x: Tensor, gates_h: Tensor, hn: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def gru_activate(gates_x: Tensor, gates_h: Tensor, hn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gates r, z, n of a reset-after GRU from x parts [..., 3H], h parts of r and z [..., 2H]
     and hn = W_hn h + b_hn [..., H] (Cho et al. 2014, in cuDNN's variant)."""
     x_r, x_z, x_n = gates_x.chunk(3, -1)

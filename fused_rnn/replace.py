@@ -1,6 +1,5 @@
 """replace_rnn and restore_rnn: swap torch.nn's recurrent modules inside a model for ours, and back."""
 
-import torch
 from torch import nn
 from torch.nn.utils import parametrize
 

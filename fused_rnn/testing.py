@@ -160,9 +160,7 @@ def _plain(case: Case, tensors: dict[str, Tensor | None]):
     flags = functional.make_flags(
         case.steps, tensors["input"].device, tensors["lengths"], tensors["reset"]
     )
-    spec = autograd.LayerSpec(
-        case.cell, "reference", case.reverse, case.reset_after, case.relu
-    )
+    spec = autograd.LayerSpec(case.cell, "reference", case.reverse, case.reset_after, case.relu)
     inputs = autograd.LayerInputs(
         *(tensors[k] for k in ("input", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "h0", "c0")), flags
     )

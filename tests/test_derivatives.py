@@ -43,9 +43,7 @@ def as_function(case, backend, device):
 @pytest.mark.parametrize("tape", functional.TAPES)
 @pytest.mark.parametrize("name", CASES)
 def test_gradcheck(name, tape, backend, device):
-    function, leaves = as_function(
-        dataclasses.replace(CASES[name], tape=tape), backend, device
-    )
+    function, leaves = as_function(dataclasses.replace(CASES[name], tape=tape), backend, device)
     assert torch.autograd.gradcheck(function, leaves)
 
 
@@ -75,9 +73,12 @@ def test_forward_mode(name, backend, device):
     gradient = torch.func.grad(loss, argnums=tuple(range(len(values))))
     _, over = torch.func.jvp(gradient, values, tangents)
     wanted = torch.autograd.grad(
-        sum((g * t).sum() for g, t in zip(
-            torch.autograd.grad(loss(*leaves), leaves, create_graph=True), tangents, strict=True
-        )),
+        sum(
+            (g * t).sum()
+            for g, t in zip(
+                torch.autograd.grad(loss(*leaves), leaves, create_graph=True), tangents, strict=True
+            )
+        ),
         leaves,
     )
     for ours, theirs in zip(over, wanted, strict=True):
@@ -198,12 +199,17 @@ def test_third_derivative(backend, device):
         def wanted(x):
             return reference(x, *(leaf.detach() for leaf in leaves[1:]))[0].sin().sum()
 
-        torch.testing.assert_close(
-            nested(along, leaves[0], 3), nested(wanted, leaves[0], 3)
-        )
+        torch.testing.assert_close(nested(along, leaves[0], 3), nested(wanted, leaves[0], 3))
 
 
 def test_inputs_of_the_function_match_the_waist():
     assert autograd.LayerInputs._fields[:8] == (
-        "x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "h0", "c0",
+        "x",
+        "w_ih",
+        "w_hh",
+        "b_ih",
+        "b_hh",
+        "w_hr",
+        "h0",
+        "c0",
     )

@@ -75,8 +75,10 @@ def test_reset(cell, reverse, backend, device):
             alone = one_row(tensors, b, slice(start, end))
             cut = not reverse and bool(tensors["reset"][0, b])
             if (start, end) != initial_owner or cut:
-                alone = {k: torch.zeros_like(v) if k in ("h0", "c0") and v is not None else v
-                         for k, v in alone.items()}
+                alone = {
+                    k: torch.zeros_like(v) if k in ("h0", "c0") and v is not None else v
+                    for k, v in alone.items()
+                }
             wanted = run(case, alone, backend)
             torch.testing.assert_close(y[start:end, b], wanted[0][:, 0], rtol=0, atol=1e-15)
             if (start, end) == (segments[0] if reverse else segments[-1]):

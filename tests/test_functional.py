@@ -56,7 +56,8 @@ def test_default_state_is_zero():
     given = arguments()
     zeros = torch.zeros(B, H)
     assert torch.equal(
-        fused_rnn.lstm(**given | {"hx": None})[0], fused_rnn.lstm(**given | {"hx": (zeros, zeros)})[0]
+        fused_rnn.lstm(**given | {"hx": None})[0],
+        fused_rnn.lstm(**given | {"hx": (zeros, zeros)})[0],
     )
 
 
@@ -79,12 +80,20 @@ BAD = [
     ({"hx": (torch.randn(B, H), 3)}, TypeError, "c0 must be a tensor, got int"),
     ({"hx": (torch.randn(2, H), torch.randn(B, H))}, ValueError, r"h0 must have shape \[B, P\]"),
     ({"lengths": [1, 2, 3]}, TypeError, "lengths must be an integer tensor .*, got list"),
-    ({"lengths": torch.ones(B)}, TypeError, "lengths must have an integer dtype, got torch.float32"),
+    (
+        {"lengths": torch.ones(B)},
+        TypeError,
+        "lengths must have an integer dtype, got torch.float32",
+    ),
     ({"lengths": torch.ones(B).bool()}, TypeError, "lengths must have an integer dtype"),
     ({"lengths": torch.ones(2).long()}, ValueError, r"lengths must have shape \[B\] = \[3\]"),
     ({"lengths": torch.tensor([1, 6, 2])}, ValueError, "between 0 and T = 5, got 1 to 6"),
     ({"lengths": torch.tensor([1, -1, 2])}, ValueError, "between 0 and T = 5, got -1 to 2"),
-    ({"reset": torch.zeros(T, B)}, TypeError, "reset must have dtype torch.bool, got torch.float32"),
+    (
+        {"reset": torch.zeros(T, B)},
+        TypeError,
+        "reset must have dtype torch.bool, got torch.float32",
+    ),
     ({"reset": [[True]]}, TypeError, "reset must be a bool tensor .*, got list"),
     ({"reset": torch.zeros(B, T).bool()}, ValueError, r"\[T, B\] = \[5, 3\], got \[3, 5\]"),
     ({"reverse": (True, False)}, ValueError, "reverse must be a bool or 1 bools"),

@@ -186,11 +186,11 @@ def test_non_contiguous_input_and_states(flavour, batch_first, layout):
         "transposed": lambda t: t.transpose(0, 2).contiguous().transpose(0, 2),
         "sliced": lambda t: torch.nn.functional.pad(t, (1, 1, 1, 1, 1, 1))[1:-1, 1:-1, 1:-1],
     }[layout]
-    hx = tuple(map(change, hx)) if isinstance(hx, tuple) else change(hx)
-    expected = theirs(change(x), hx)
-    got = ours(change(x), hx)
-    torch.testing.assert_close(got, expected)
-    check_twins(ours, theirs, (change(x), hx), torch.float64)
+
+    def arrange(x, hx):
+        return change(x), tuple(map(change, hx)) if isinstance(hx, tuple) else change(hx)
+
+    check_twins(ours, theirs, (x, hx), torch.float64, arrange)
 
 
 @flavours
@@ -233,8 +233,14 @@ def test_gradient_through_one_output_alone(name, which):
     for module in twins(name, *SIZES, num_layers=2, bidirectional=True, dtype=torch.float64):
         y, hn = module(draw(4, 3, 4))
         out = y if which == "output" else (hn[1] if name == "LSTM" else hn)
-        grads.append(torch.autograd.grad(out.sin().sum(), list(module.parameters()),
-                                         allow_unused=True, materialize_grads=True))
+        grads.append(
+            torch.autograd.grad(
+                out.sin().sum(),
+                list(module.parameters()),
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        )
     torch.testing.assert_close(*grads)
 
 
@@ -334,9 +340,13 @@ def test_cell_loop_equals_the_layer(flavour):
 @pytest.mark.parametrize("name", CELLS)
 def test_cells_non_contiguous(name):
     ours, theirs = twins(name, *SIZES, dtype=torch.float64)
-    x, hx = draw(4, 3).t(), (draw(5, 3).t(), draw(5, 3).t())
-    hx = hx if name == "LSTMCell" else hx[0]
-    check_twins(ours, theirs, (x, hx), torch.float64)
+    hx = draw(5, 3), draw(5, 3)
+
+    def arrange(x, hx):
+        return x.t(), tuple(h.t() for h in hx) if isinstance(hx, tuple) else hx.t()
+
+    args = (draw(4, 3), hx if name == "LSTMCell" else hx[0])
+    check_twins(ours, theirs, args, torch.float64, arrange)
 
 
 # The promised error in 16 bits.

@@ -30,8 +30,17 @@ def samples(name, dtype=torch.float32, flags=True, proj=False, reset_after=True)
             "lstm_forward": (*forward, reverse, True),
             "lstm_inference": (*forward, reverse),
             "lstm_backward": (
-                t(T, B, S, out), t(S, B, out), acc(S, B, H), acc(T, B, S, H), forward[1], w_hr,
-                forward[4], acc(T, B, S, H), acc(T, B, S, 4 * H).sigmoid(), bits, reverse,
+                t(T, B, S, out),
+                t(S, B, out),
+                acc(S, B, H),
+                acc(T, B, S, H),
+                forward[1],
+                w_hr,
+                forward[4],
+                acc(T, B, S, H),
+                acc(T, B, S, 4 * H).sigmoid(),
+                bits,
+                reverse,
             ),
         }[name]
     if name.startswith("gru"):
@@ -42,15 +51,28 @@ def samples(name, dtype=torch.float32, flags=True, proj=False, reset_after=True)
             "gru_forward": (*forward, True),
             "gru_inference": forward,
             "gru_backward": (
-                t(T, B, S, H), t(S, B, H), forward[1], forward[3], t(T, B, S, H), tape, bits,
-                reverse, reset_after,
+                t(T, B, S, H),
+                t(S, B, H),
+                forward[1],
+                forward[3],
+                t(T, B, S, H),
+                tape,
+                bits,
+                reverse,
+                reset_after,
             ),
         }[name]
     if name.startswith("rnn"):
         return {
             "rnn_forward": (t(T, B, S, H), t(S, H, H), t(S, B, H), bits, reverse, False),
             "rnn_backward": (
-                t(T, B, S, H), t(S, B, H), t(S, H, H), t(T, B, S, H).tanh(), bits, reverse, False,
+                t(T, B, S, H),
+                t(S, B, H),
+                t(S, H, H),
+                t(T, B, S, H).tanh(),
+                bits,
+                reverse,
+                False,
             ),
         }[name]
     return t(S, T, H), t(S, H, B), t(S, B)
@@ -130,7 +152,9 @@ def test_wrong_dtypes_and_flags_are_refused(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 7, 3), (33, 600, 130), (6, 0, 4), (0, 3, 2), (2, 1300, 65)])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1), (5, 7, 3), (33, 600, 130), (6, 0, 4), (0, 3, 2), (2, 1300, 65)]
+)
 def test_matmul(sizes, dtype):
     """Every layout of a and b, against float64."""
     m, k, n = sizes

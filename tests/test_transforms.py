@@ -51,8 +51,9 @@ def call(case, tensors, backend, mapped):
 @pytest.mark.parametrize("mapped", MAPPED)
 @pytest.mark.parametrize("name", CASES)
 def test_vmap(name, mapped, backend, device):
-    function, values = call(CASES[name], batches(CASES[name], MAPPED[mapped], device), backend,
-                            MAPPED[mapped])
+    function, values = call(
+        CASES[name], batches(CASES[name], MAPPED[mapped], device), backend, MAPPED[mapped]
+    )
     found = torch.vmap(function)(*values)
     loop = [function(*(v[k] for v in values)) for k in range(N)]
     for ours, parts in zip(found, zip(*loop, strict=True), strict=True):

@@ -75,10 +75,14 @@ __attribute__((noinline)) void tile_product(int rows, int vectors, const T* a, i
                                             int64_t column, const T* panel, int64_t k, T* tile,
                                             bool add) {
   switch (vectors) {
-    case 4: return tile_product_rows<T, 4>(rows, a, row, column, panel, k, tile, add);
-    case 3: return tile_product_rows<T, 3>(rows, a, row, column, panel, k, tile, add);
-    case 2: return tile_product_rows<T, 2>(rows, a, row, column, panel, k, tile, add);
-    default: return tile_product_rows<T, 1>(rows, a, row, column, panel, k, tile, add);
+    case 4:
+      return tile_product_rows<T, 4>(rows, a, row, column, panel, k, tile, add);
+    case 3:
+      return tile_product_rows<T, 3>(rows, a, row, column, panel, k, tile, add);
+    case 2:
+      return tile_product_rows<T, 2>(rows, a, row, column, panel, k, tile, add);
+    default:
+      return tile_product_rows<T, 1>(rows, a, row, column, panel, k, tile, add);
   }
 }
 

@@ -4,8 +4,8 @@
 template <class T>
 struct GruForwardScan : ForwardScan<T> {
   using Base = ForwardScan<T>;
-  using typename Base::V;
   using Base::kWidth, Base::layer, Base::h;
+  using typename Base::V;
   const GruForward& p;
   State<T> rh, z;  // reset before: [S, B, H] r * h, the operand of W_hn; z, for the second phase
 
@@ -70,10 +70,9 @@ struct GruForwardScan : ForwardScan<T> {
     math::GruBeforeGates<V> out{zero, zero, zero};
     if (!over) {
       const Row x(p.gates_x, t, b, s);
-      out = math::gru_before_gates(
-          x.template load<T>(u, n) + V::load(sums),
-          x.template load<T>(layer.hidden + u, n) + V::load(sums + kWidth),
-          this->h_prev(i, s, b, u, n));
+      out = math::gru_before_gates(x.template load<T>(u, n) + V::load(sums),
+                                   x.template load<T>(layer.hidden + u, n) + V::load(sums + kWidth),
+                                   this->h_prev(i, s, b, u, n));
     }
     keep(t, s, b, u, n, 0, out.r);
     keep(t, s, b, u, n, 1, out.z);
@@ -98,8 +97,8 @@ struct GruForwardScan : ForwardScan<T> {
 template <class T>
 struct GruBackwardScan : BackwardScan<T> {
   using Base = BackwardScan<T>;
-  using typename Base::V;
   using Base::kWidth, Base::layer;
+  using typename Base::V;
   const GruBackward& p;
   State<T> dn;  // reset before: [S, B, H], the operand of d(r * h)
 
@@ -127,7 +126,8 @@ struct GruBackwardScan : BackwardScan<T> {
         continue;
       }
       const V dh = this->gradient(t, s, b, u, n, over, V::load(sums));
-      p.reset_after ? after(i, t, s, b, u, n, over, cut, dh) : before(i, t, s, b, u, n, over, cut, dh);
+      p.reset_after ? after(i, t, s, b, u, n, over, cut, dh)
+                    : before(i, t, s, b, u, n, over, cut, dh);
     }
   }
 

@@ -23,10 +23,8 @@ namespace {
 #include "rnn.inl"
 #include "matmul.inl"
 
-#define FUSED_RNN_BY_DTYPE(run, Params)                                         \
-  [](const Params& p, DType dtype) {                                            \
-    dtype == DType::kFloat64 ? run<double>(p) : run<float>(p);                  \
-  }
+#define FUSED_RNN_BY_DTYPE(run, Params) \
+  [](const Params& p, DType dtype) { dtype == DType::kFloat64 ? run<double>(p) : run<float>(p); }
 
 }  // namespace
 }  // namespace FUSED_RNN_ISA

@@ -4,8 +4,8 @@
 template <class T>
 struct LstmForwardScan : ForwardScan<T> {
   using Base = ForwardScan<T>;
-  using typename Base::V;
   using Base::kWidth, Base::layer, Base::h;
+  using typename Base::V;
   const LstmForward& p;
   bool projected;
   State<T> c, m;  // [S, B, H]: the cell state; o * tanh(c), the operand of the projection
@@ -81,8 +81,8 @@ struct LstmForwardScan : ForwardScan<T> {
 template <class T>
 struct LstmBackwardScan : BackwardScan<T> {
   using Base = BackwardScan<T>;
-  using typename Base::V;
   using Base::kWidth, Base::layer;
+  using typename Base::V;
   const LstmBackward& p;
   bool projected;
   State<T> dc, dh;  // [S, B, H] what reaches c; [S, B, P] of the projected state, the operand of dm
@@ -147,12 +147,11 @@ struct LstmBackwardScan : BackwardScan<T> {
       const Row tape(p.gates, t, b, s);
       T* reached = dc.row(s, b) + u;
       const V sum = V::load(reached, n) + Row(p.dcells, t, b, s).template load_or_zero<T>(u, n);
-      d = math::lstm_backward(tape.template load<T>(u, n), tape.template load<T>(hidden + u, n),
-                              tape.template load<T>(2 * hidden + u, n),
-                              tape.template load<T>(3 * hidden + u, n),
-                              Row(p.cells, t, b, s).template load<T>(u, n),
-                              this->entering(p.cells, p.c0, t, s, b).template load_or_zero<T>(u, n),
-                              dm, sum);
+      d = math::lstm_backward(
+          tape.template load<T>(u, n), tape.template load<T>(hidden + u, n),
+          tape.template load<T>(2 * hidden + u, n), tape.template load<T>(3 * hidden + u, n),
+          Row(p.cells, t, b, s).template load<T>(u, n),
+          this->entering(p.cells, p.c0, t, s, b).template load_or_zero<T>(u, n), dm, sum);
       cut = was_reset(layer, this->reverse(s), t, b);
       (cut ? zero : d.dc_prev).store(reached, n);
     }

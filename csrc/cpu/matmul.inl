@@ -2,8 +2,8 @@
 // depend neither on the other rows nor on the threads.
 // Included inside the instruction set's anonymous namespace; see kernels.inl.
 
-constexpr int64_t kChunkK = 512;    // K is taken in chunks: a panel of 4 vectors then fits the L2
-constexpr int64_t kGroupTiles = 16; // row tiles that share a pass over one panel
+constexpr int64_t kChunkK = 512;     // K is taken in chunks: a panel of 4 vectors then fits the L2
+constexpr int64_t kGroupTiles = 16;  // row tiles that share a pass over one panel
 
 static_assert(kChunkK % kBlockK == 0, "the order of sums must not depend on the chunks");
 

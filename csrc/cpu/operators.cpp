@@ -47,11 +47,16 @@ void check_shape(const char* name, const Tensor& tensor, std::initializer_list<i
 
 DType dtype_of(const char* name, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Double: return DType::kFloat64;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    default: break;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      break;
   }
   STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
   return DType::kFloat32;
@@ -61,10 +66,14 @@ DType acc_of(DType io) { return io == DType::kFloat64 ? io : DType::kFloat32; }
 
 ScalarType scalar_of(DType dtype) {
   switch (dtype) {
-    case DType::kFloat64: return ScalarType::Double;
-    case DType::kBFloat16: return ScalarType::BFloat16;
-    case DType::kFloat16: return ScalarType::Half;
-    default: return ScalarType::Float;
+    case DType::kFloat64:
+      return ScalarType::Double;
+    case DType::kBFloat16:
+      return ScalarType::BFloat16;
+    case DType::kFloat16:
+      return ScalarType::Half;
+    default:
+      return ScalarType::Float;
   }
 }
 
@@ -170,8 +179,8 @@ LstmOutputs lstm(const Tensor& gates_x, const Tensor& w_hh, const MaybeTensor& w
   Layer& l = p.layer = layer_of("gates_x", gates_x, w_hh, 4);
   if (!w_hr) check_square(l, w_hh);
   Arguments take(io);
-  p.gates_x = take.sequence("gates_x", gates_x, {l.steps, l.batch, l.stack, 4 * l.hidden},
-                            "[T, B, S, 4H]");
+  p.gates_x =
+      take.sequence("gates_x", gates_x, {l.steps, l.batch, l.stack, 4 * l.hidden}, "[T, B, S, 4H]");
   p.w_hh = take.entries("w_hh", w_hh, {l.stack, 4 * l.hidden, l.out}, "[S, 4H, P]");
   p.w_hr = take.entries("w_hr", w_hr, {l.stack, l.out, l.hidden}, "[S, P, H]");
   p.h0 = take.entries("h0", h0, {l.stack, l.batch, l.out}, "[S, B, P]");
@@ -247,17 +256,17 @@ struct GruOutputs {
   Tensor y, h_n, gates;
 };
 
-GruOutputs gru(const Tensor& gates_x, const Tensor& w_hh, const MaybeTensor& b_hn,
-               const Tensor& h0, const MaybeTensor& flags, const std::vector<bool>& reverse,
-               bool reset_after, bool returns_gates, bool keep_gates) {
+GruOutputs gru(const Tensor& gates_x, const Tensor& w_hh, const MaybeTensor& b_hn, const Tensor& h0,
+               const MaybeTensor& flags, const std::vector<bool>& reverse, bool reset_after,
+               bool returns_gates, bool keep_gates) {
   const DType io = dtype_of("w_hh", w_hh), acc = acc_of(io);
   GruForward p;
   Layer& l = p.layer = layer_of("gates_x", gates_x, w_hh, 3);
   check_square(l, w_hh);
   STD_TORCH_CHECK(reset_after || !b_hn, "b_hn must be None with reset_after=False");
   Arguments take(io);
-  p.gates_x = take.sequence("gates_x", gates_x, {l.steps, l.batch, l.stack, 3 * l.hidden},
-                            "[T, B, S, 3H]");
+  p.gates_x =
+      take.sequence("gates_x", gates_x, {l.steps, l.batch, l.stack, 3 * l.hidden}, "[T, B, S, 3H]");
   p.w_hh = take.entries("w_hh", w_hh, {l.stack, 3 * l.hidden, l.hidden}, "[S, 3H, H]");
   p.b_hn = take.entries("b_hn", b_hn, {l.stack, l.hidden}, "[S, H]");
   p.h0 = take.entries("h0", h0, {l.stack, l.batch, l.hidden}, "[S, B, H]");
@@ -309,9 +318,9 @@ std::tuple<Tensor, Tensor, Tensor> gru_backward(const MaybeTensor& dy, const May
   p.w_hh = take.entries("w_hh", w_hh, {l.stack, 3 * l.hidden, l.hidden}, "[S, 3H, H]");
   p.h0 = take.entries("h0", h0, {l.stack, l.batch, l.hidden}, "[S, B, H]");
   p.y = take.sequence("y", y, shape, "[T, B, S, H]");
-  p.gates = take.sequence("gates", gates,
-                          {l.steps, l.batch, l.stack, (reset_after ? 4 : 3) * l.hidden},
-                          reset_after ? "[T, B, S, 4H]" : "[T, B, S, 3H]");
+  p.gates =
+      take.sequence("gates", gates, {l.steps, l.batch, l.stack, (reset_after ? 4 : 3) * l.hidden},
+                    reset_after ? "[T, B, S, 4H]" : "[T, B, S, 3H]");
   l.flags = take.flags(flags, l.steps, l.batch);
   l.reverse = take.reverse(reverse, l.stack);
   p.reset_after = reset_after;

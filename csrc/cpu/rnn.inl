@@ -4,8 +4,8 @@
 template <class T>
 struct RnnForwardScan : ForwardScan<T> {
   using Base = ForwardScan<T>;
-  using typename Base::V;
   using Base::kWidth, Base::layer;
+  using typename Base::V;
   const RnnForward& p;
 
   RnnForwardScan(Workspace<T>& memory, const RnnForward& q)
@@ -32,8 +32,8 @@ struct RnnForwardScan : ForwardScan<T> {
 template <class T>
 struct RnnBackwardScan : BackwardScan<T> {
   using Base = BackwardScan<T>;
-  using typename Base::V;
   using Base::kWidth, Base::layer;
+  using typename Base::V;
   const RnnBackward& p;
 
   RnnBackwardScan(Workspace<T>& memory, const RnnBackward& q)

@@ -1,9 +1,9 @@
 // How a scan runs: packed weights, state kept between steps, and the work shared among threads.
 // Included inside the instruction set's anonymous namespace; see kernels.inl.
 //
-// A step is one or two phases. A phase multiplies an operand row [depth] by packed weights and hands
-// the sums of one block of units to the scan's epilogue, which does the gate arithmetic. Phases of
-// a step, and steps, follow one another; blocks and rows are independent.
+// A step is one or two phases. A phase multiplies an operand row [depth] by packed weights and
+// hands the sums of one block of units to the scan's epilogue, which does the gate arithmetic.
+// Phases of a step, and steps, follow one another; blocks and rows are independent.
 
 // Buffers of one call, released together.
 template <class T>
@@ -43,11 +43,11 @@ struct State {
 template <class T>
 struct Phase {
   Weights weights;
-  int64_t entry;      // stride of the stack in the weights' elements
+  int64_t entry;  // stride of the stack in the weights' elements
   Blocks blocks;
-  State<T> operand;   // [S, B, depth]
-  bool alternating;   // the operand is the state of the step's parity
-  T* panels;          // [S][weights.depth * blocks.row_elements()]
+  State<T> operand;  // [S, B, depth]
+  bool alternating;  // the operand is the state of the step's parity
+  T* panels;         // [S][weights.depth * blocks.row_elements()]
 
   Phase() = default;
   // Gate g, unit u, column k of entry s is w.data[s * entry + offset + g * gate + u * unit + k *
@@ -307,8 +307,8 @@ struct BackwardScan {
   static constexpr bool kBackward = true;
   static constexpr int kWidth = V::kWidth;
   const Layer& layer;
-  Rows dy, dh_n, dh0;          // [T, B, S, P] [S, B, P] (either may be null), [S, B, P]
-  State<T> operand, carried;   // [S, B, G*H] alternating, [S, B, P]
+  Rows dy, dh_n, dh0;         // [T, B, S, P] [S, B, P] (either may be null), [S, B, P]
+  State<T> operand, carried;  // [S, B, G*H] alternating, [S, B, P]
   int phases = 1;
   Phase<T> phase[2];
 
@@ -329,9 +329,7 @@ struct BackwardScan {
       from.load_or_zero<T>(u, lanes).store(target + u, lanes);
     }
   }
-  void start(int64_t s, int64_t b) const {
-    start_state(carried.row(s, b), dh_n, s, b, layer.out);
-  }
+  void start(int64_t s, int64_t b) const { start_state(carried.row(s, b), dh_n, s, b, layer.out); }
   void end(int64_t, int64_t) const {}
 
   // The whole gradient of the state after the step; dy counts only where the step was taken.

@@ -152,11 +152,10 @@ FN void store_bf16(VecF x, uint16_t* p, int n) {
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
-  const __m512i up = _mm512_mask_blend_epi32(nan, _mm512_srli_epi32(sum, 16),
-                                             _mm512_set1_epi32(0x7fc0));
+  const __m512i up =
+      _mm512_mask_blend_epi32(nan, _mm512_srli_epi32(sum, 16), _mm512_set1_epi32(0x7fc0));
   _mm256_mask_storeu_epi16(p, VecF::mask(n), _mm512_cvtepi32_epi16(up));
 }
 FN void store_f16(VecF x, uint16_t* p, int n) {
-  _mm256_mask_storeu_epi16(p, VecF::mask(n),
-                           _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_mask_storeu_epi16(p, VecF::mask(n), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
 }

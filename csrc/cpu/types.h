@@ -33,17 +33,17 @@ struct Layer {
 
 struct LstmForward {
   Layer layer;
-  Rows gates_x, h0, c0;       // [T, B, S, 4H] [S, B, P] [S, B, H]
-  Rows w_hh, w_hr;            // entry and row strides: [S, 4H, P] [S, P, H]
-  Rows y, h_n;                // [T, B, S, P] [S, B, P] io
-  Rows c_n, cells, gates;     // [S, B, H] [T, B, S, H] [T, B, S, 4H] acc; the last two may be null
+  Rows gates_x, h0, c0;    // [T, B, S, 4H] [S, B, P] [S, B, H]
+  Rows w_hh, w_hr;         // entry and row strides: [S, 4H, P] [S, P, H]
+  Rows y, h_n;             // [T, B, S, P] [S, B, P] io
+  Rows c_n, cells, gates;  // [S, B, H] [T, B, S, H] [T, B, S, 4H] acc; the last two may be null
 };
 
 struct LstmBackward {
   Layer layer;
   Rows dy, dh_n, dc_n, dcells;  // each may be null
   Rows w_hh, w_hr, c0, cells, gates;
-  Rows dgates, dh0, dc0, dh;    // [T, B, S, 4H] [S, B, P] [S, B, H] [T, B, S, P] (null: no w_hr)
+  Rows dgates, dh0, dc0, dh;  // [T, B, S, 4H] [S, B, P] [S, B, H] [T, B, S, P] (null: no w_hr)
 };
 
 struct GruForward {
@@ -81,8 +81,8 @@ struct Matrix {
 
 struct Matmul {
   int64_t n = 0, m = 0, k = 0, l = 0;
-  Matrix a, b, bias;     // [N, M, K] [N, K, L] and [N, L] in bias.batch, bias.column (may be null)
-  void* out = nullptr;   // [N, M, L] contiguous, acc
+  Matrix a, b, bias;    // [N, M, K] [N, K, L] and [N, L] in bias.batch, bias.column (may be null)
+  void* out = nullptr;  // [N, M, L] contiguous, acc
 };
 
 // The kernels of one instruction set. dtype: the type of all arithmetic, kFloat32 or kFloat64.
