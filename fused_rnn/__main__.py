@@ -108,7 +108,8 @@ def verify(names: list[str] | None, dtypes: list[torch.dtype]) -> int:
                 if verdict.fault:
                     faults.append(f"{name}: {case}: {verdict.name}: {verdict.fault}")
     print(
-        f"{'backend':<10} {'cell':<5} {'dtype':<9} {'what':<10} {'n':>4} {'max error':>10} of budget"
+        f"{'backend':<10} {'cell':<5} {'dtype':<9} {'what':<10} {'n':>4} {'max error':>10}"
+        " of budget"
     )
     for (name, cell, dtype, kind), (count, worst, largest) in sorted(rows.items()):
         print(

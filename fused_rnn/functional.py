@@ -476,7 +476,10 @@ lstm.__doc__ = _DOC.format(
     P="P",
     order="i f g o",
     hx="(h0 [B, P], c0 [B, H]), or [S, B, ...]",
-    extra="\n        w_hr: [P, H] or [S, P, H], the projection h = W_hr (o * tanh(c)); None for P = H.",
+    extra=(
+        "\n        w_hr: [P, H] or [S, P, H], the projection h = W_hr (o * tanh(c));"
+        " None for P = H."
+    ),
     saved="a third",
     returns=(
         "y [T, B, P] ([T, B, S, P]), (h_n, c_n) shaped as hx; with ``return_cells`` also\n"

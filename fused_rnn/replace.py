@@ -1,4 +1,4 @@
-"""replace_rnn and restore_rnn: swap torch.nn's recurrent modules inside a model for ours, and back."""
+"""replace_rnn and restore_rnn: torch.nn's recurrent modules in a model for ours, and back."""
 
 from torch import nn
 from torch.nn.utils import parametrize

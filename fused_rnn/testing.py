@@ -231,7 +231,7 @@ DRAWS = 6  # how often plain PyTorch's error is sampled: that of one small tenso
 @functools.lru_cache(maxsize=512)  # each backend under test asks for the same
 def yardsticks(case: Case, gradients: bool = True) -> tuple[dict[str, Tensor], dict[str, float]]:
     """(exact, plain_errors): the case in float64, and the largest error of plain PyTorch in the
-    case's dtype (float32 for a float64 case: see ``budget``) over ``DRAWS`` draws of its numbers."""
+    case's dtype (float32 for a float64 case: see ``budget``) over ``DRAWS`` draws."""
     low = torch.float32 if case.dtype == torch.float64 else case.dtype
     errors: dict[str, float] = {}
     for draw in reversed(range(DRAWS)):

@@ -355,7 +355,39 @@ SMALL_RUN = [
     "-T",
     "3",
 ]
-COLUMNS = ["case", "cell", "mode", "provider", "backend", "T", "B", "I", "H", "layers", "bidirectional", "proj", "dtype", "threads", "median_us_per_step", "q25", "q75", "ratio", "ci_lo", "ci_hi", "floor_us", "error", "torch", "triton", "onnxruntime", "python", "fused_rnn", "cpu", "instruction_set", "commit", "date"]
+COLUMNS = [
+    "case",
+    "cell",
+    "mode",
+    "provider",
+    "backend",
+    "T",
+    "B",
+    "I",
+    "H",
+    "layers",
+    "bidirectional",
+    "proj",
+    "dtype",
+    "threads",
+    "median_us_per_step",
+    "q25",
+    "q75",
+    "ratio",
+    "ci_lo",
+    "ci_hi",
+    "floor_us",
+    "error",
+    "torch",
+    "triton",
+    "onnxruntime",
+    "python",
+    "fused_rnn",
+    "cpu",
+    "instruction_set",
+    "commit",
+    "date",
+]
 
 
 @pytest.fixture(scope="module")

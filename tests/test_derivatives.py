@@ -55,7 +55,7 @@ def test_gradgradcheck(name, backend, device):
 
 @pytest.mark.parametrize("name", CASES)
 def test_forward_mode(name, backend, device):
-    """jvp equals the product with the Jacobian that reverse mode gives; forward over reverse too."""
+    """jvp equals reverse mode's Jacobian times the tangent; forward over reverse too."""
     function, leaves = as_function(CASES[name], backend, device)
     values = tuple(leaf.detach() for leaf in leaves)
     tangents = tuple(torch.randn_like(v) for v in values)

@@ -77,7 +77,8 @@ def test_an_explicit_backend_that_is_missing_raises_with_the_remedy():
     except RuntimeError as error:
         print(error)
     try:
-        fused_rnn.lstm(torch.randn(2, 1, 3), None, torch.randn(8, 3), torch.randn(8, 2), backend="cpu")
+        x, w_ih, w_hh = torch.randn(2, 1, 3), torch.randn(8, 3), torch.randn(8, 2)
+        fused_rnn.lstm(x, None, w_ih, w_hh, backend="cpu")
     except RuntimeError as error:
         print(error)
     """
@@ -89,7 +90,8 @@ def test_an_explicit_backend_that_is_missing_raises_with_the_remedy():
 
 def test_nothing_optional_is_imported():
     status, out, err = run_python(
-        "import sys, fused_rnn; print([m for m in ('triton', 'onnx', 'matplotlib') if m in sys.modules])"
+        "import sys, fused_rnn;"
+        "print([m for m in ('triton', 'onnx', 'matplotlib') if m in sys.modules])"
     )
     assert (status, out.strip()) == (0, "[]"), err
 
@@ -107,7 +109,8 @@ def test_every_instruction_set_holds(isa):
     """`verify` in an interpreter that computes with another instruction set."""
     status, out, err = run_python(
         "import sys; from fused_rnn.__main__ import main;"
-        "sys.exit(main(['verify', '--backend', 'cpu', '--dtype', 'float32', '--dtype', 'float16']))",
+        "dtypes = ['--dtype', 'float32', '--dtype', 'float16'];"
+        "sys.exit(main(['verify', '--backend', 'cpu', *dtypes]))",
         FUSED_RNN_CPU_ISA=isa,
     )
     if "which this processor does not have" in err:
