@@ -147,7 +147,7 @@ def main(arguments=None):
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["compare"]:
         arguments[:1] = ["--compare"]
-    options = make_parser().parse_args(arguments)
+    options = make_parser().parse_intermixed_args(arguments)
     try:
         if options.compare:
             print(compare.text(*map(report.read_json, options.compare)))

@@ -65,4 +65,6 @@ def text(a, b):
         meta = result["meta"]
         named = [meta.get(k) or "?" for k in ("date", "commit", "torch", "cpu", "threads")]
         out.append("{}: {}, commit {}, torch {}, {}, {} threads".format(side, *named))
+        if meta.get("warning"):
+            out.append(f"   warning: {meta['warning']}")
     return "\n".join(out)

@@ -39,15 +39,26 @@ def commit():
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def busy():
-    """A warning where other work takes this machine's time, else None."""
+def load():
+    """Runnable tasks over the last minute, or 0 where the system does not tell."""
     try:
-        load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    except OSError:
+        return round(os.getloadavg()[0], 2)
+    except (AttributeError, OSError):
+        return 0.0
+
+
+def busy(before, after=0.0):
+    """A warning where other work took this machine's time during a run, else None.
+
+    before, after: the load at the start, which is all others', and at the end, which has our own.
+    """
+    cores = os.cpu_count() or 1
+    if before < 0.5 * cores and after < cores + 1:
         return None
-    if load < 0.5 * cores:
-        return None
-    return f"the machine is busy (load {load:.1f} on {cores} cores): expect wide intervals"
+    return (
+        f"the machine was busy (load {before:.1f} before, {after:.1f} after, {cores} cores):"
+        " these times say little; repeat on a quiet one"
+    )
 
 
 def describe(device):

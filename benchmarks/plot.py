@@ -2,7 +2,7 @@
 
 import math
 
-from benchmarks.report import by_key, ours_of
+from benchmarks.report import by_key, number, ours_of
 from benchmarks.stats import geometric_mean
 
 COLOURS = {"LSTM": "#2f6db3", "GRU": "#2a9d6f", "RNN": "#c2703d"}
@@ -59,13 +59,15 @@ def _panel(axes, bars, mode, provider, limits, tallest):
         axes.errorbar(row["ratio"], at, xerr=whiskers, color="black", lw=1, capsize=2.5, zorder=4)
         edge = max(row["ci_hi"], ort["ratio"] if ort and ort["ratio"] else 0, 1)
         axes.annotate(
-            f"{cell} {row['ratio']:.2g}x" if row["ratio"] < 10 else f"{cell} {row['ratio']:.0f}x",
+            f"{cell} {number(row['ratio'])}x",
             (edge, at),
             xytext=(6, 0),
             textcoords="offset points",
             va="center",
             fontsize=8,
             color=GREY,
+            bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"},
+            zorder=1.5,
         )
         if ort and ort["ratio"] and provider != "onnxruntime":
             axes.plot(ort["ratio"], at, "D", ms=5, mfc="white", mec="black", mew=1, zorder=5)
@@ -122,6 +124,8 @@ def draw(result, path):
     meta = result["meta"]
     place = meta["cpu"] if meta["device"] == "cpu" else meta["device"]
     conditions = f"{meta['instruction_set']}, {meta['threads']} threads, torch {meta['torch']}"
+    if meta.get("warning"):
+        conditions += "  --  MEASURED ON A BUSY MACHINE"
     name = provider.replace("ours", "fused_rnn")
     figure.suptitle(f"{name} against torch.nn\n{place}, {conditions}", fontsize=11)
     cells = [cell for cell in COLOURS if any(row["cell"] == cell for row in rows)]

@@ -71,7 +71,8 @@ def table(result):
     many_dtypes = len({key[3] for key in groups}) > 1
     head = ["case", "cell", "mode"] + ["dtype"] * many_dtypes + ["provider"] * (ours != ["ours"])
     head += ["ours us/step", "torch us/step", "ratio torch/ours [lo, hi]"]
-    head += ["onnxruntime us/step", "floor us/step", "ours/floor"]
+    with_ort = any("onnxruntime" in rows for rows in groups.values())
+    head += ["onnxruntime us/step"] * with_ort + ["floor us/step", "ours/floor"]
     lines = [head]
     for key, rows in groups.items():
         for name in ours or [""]:
@@ -81,9 +82,12 @@ def table(result):
             floor = next((r["floor_us"] for r in rows.values() if r["floor_us"]), None)
             over = row and row["median_us_per_step"] and row["median_us_per_step"] / floor
             line += [_time(row), _time(rows.get("torch")), str(ratio or "")]
-            line += [_time(rows.get("onnxruntime")), number(floor), number(over or None)]
+            line += [_time(rows.get("onnxruntime"))] * with_ort
+            line += [number(floor), number(over or None)]
             lines.append(line)
-    return "\n".join([align(lines), "", *means(result), *reasons(result)])
+    warning = result["meta"].get("warning")
+    notes = [f"warning: {warning}"] if warning else []
+    return "\n".join([align(lines), "", *means(result), *reasons(result), *notes])
 
 
 def means(result):
@@ -137,6 +141,7 @@ def read_json(path):
         result = json.load(file)
     if not isinstance(result, dict) or "rows" not in result:
         raise ValueError(f"{path} is not a result of python -m benchmarks")
-    meta = {k: v for k, v in result["meta"].items() if k != "budget_s"}
+    of_the_run = ("budget_s", "load_before", "load_after", "warning")
+    meta = {k: v for k, v in result["meta"].items() if k not in of_the_run}
     result["rows"] = [meta | row for row in result["rows"]]
     return result

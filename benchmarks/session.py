@@ -109,9 +109,9 @@ def run_job(job, providers, budget_s, device="cpu", metadata=None):
 def run(jobs, providers, *, budget_s, device, progress):
     """All jobs; returns {"meta": ..., "rows": [...]}."""
     metadata = machine.describe(device)
-    warning = machine.busy()
-    if warning:
-        progress.note(f"note: {warning}")
+    before = machine.load()
+    if machine.busy(before):
+        progress.note(f"note: the machine is busy (load {before}); times will say little")
     rows = []
     for job in jobs:
         progress.start(f"{job.case.name} {job.cell} {job.mode} {job.dtype}")
@@ -123,4 +123,6 @@ def run(jobs, providers, *, budget_s, device, progress):
         if torch.device(device).type == "cuda":
             torch.cuda.empty_cache()
     progress.close()
-    return {"meta": metadata | {"budget_s": budget_s}, "rows": rows}
+    after = machine.load()
+    about = {"budget_s": budget_s, "load_before": before, "load_after": after}
+    return {"meta": metadata | about | {"warning": machine.busy(before, after)}, "rows": rows}

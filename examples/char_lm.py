@@ -1,6 +1,6 @@
 """A character language model, trained with torch.nn's recurrent layers or with fused_rnn's.
 
-    python examples/char_lm.py --impl fused    # two to three minutes on two CPU cores
+    python examples/char_lm.py --impl fused    # some two minutes on two CPU cores
     python examples/char_lm.py --impl nn --cell gru --out runs/gru
     torchrun --nproc-per-node 2 examples/char_lm.py --impl fused
 
@@ -14,8 +14,8 @@ history. A checkpoint is the plain state_dict, with the names torch.nn gives, so
 --impl nn is loaded with --impl fused and the other way round.
 
 The same --seed gives both implementations the same weights and the same batches, and the losses
-agree to rounding. With --dropout that is no longer promised: the masks come from torch's generator
-in whatever order a layer draws them, so the losses agree in distribution only.
+agree to rounding. With --dropout that is not promised: the masks come from torch's generator in the
+order a layer happens to draw them, so it may be two draws of one distribution.
 """
 
 import argparse

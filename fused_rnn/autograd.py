@@ -230,9 +230,10 @@ def backward(
         if values.shape[2] * values.shape[3] > 1:
             return values.sum((0, 1))  # PyTorch shares out the columns, never the terms of one sum,
         ones = values.new_ones(()).expand(1, 1, values.shape[0] * values.shape[1])
-        rows = _rows(values).flatten(1).unsqueeze(0)
+        rows = _rows(values).reshape(1, -1, values.shape[2] * values.shape[3])
         return op["matmul"](ones, rows, None).view(1, 1)  # unless there is but one sum
 
+    width = dgates.shape[2] * dgates.shape[3]  # of all stack entries
     dx = dw_ih = dw_hh = db_ih = db_hh = dw_hr = None
     after = spec.cell == "gru" and spec.reset_after
     x, w_ih = inputs.x, inputs.w_ih
@@ -240,12 +241,13 @@ def backward(
         if w_ih is None:
             dx = dgates
         else:
-            dx = op["matmul"](
-                _rows(dgates).flatten(1).unsqueeze(0), w_ih.flatten(0, 1).unsqueeze(0), None
-            ).view(x.shape)
+            dx = op["matmul"](dgates.reshape(1, -1, width), w_ih.reshape(1, width, -1), None).view(
+                x.shape
+            )
     if want.w_ih:
         x = _without_padding(x, flags if spec.ragged else None)
-        dw_ih = over_steps(dgates.flatten(2).unsqueeze(2), x.unsqueeze(2)).view(w_ih.shape)
+        columns = dgates.reshape(*dgates.shape[:2], 1, width)
+        dw_ih = over_steps(columns, x.unsqueeze(2)).view(w_ih.shape)
     if want.w_hh:
         if spec.cell == "gru":
             d_n = dgates_hn if after else dgates[..., 2 * size :]
@@ -285,7 +287,8 @@ def _substitute(run, inputs, places):
 
 def _vjp(run, inputs, places, cotangents):
     """Gradients of ``run(inputs) -> outputs`` at ``places``; a cotangent of None is zero."""
-    outputs, pull = torch.func.vjp(*_flatten(_substitute(run, inputs, places)))
+    function, chosen = _substitute(run, inputs, places)
+    outputs, pull = torch.func.vjp(function, *chosen)
     return pull(
         tuple(
             torch.zeros_like(out) if c is None else c.to(out.dtype)
@@ -297,14 +300,11 @@ def _vjp(run, inputs, places, cotangents):
 def _jvp(run, inputs, tangents):
     """J u as the gradient of v -> v^T J, which is linear, at u: two reverse passes."""
     places = [k for k, t in enumerate(tangents) if t is not None]
-    outputs, pull = torch.func.vjp(*_flatten(_substitute(run, inputs, places)))
+    function, chosen = _substitute(run, inputs, places)
+    outputs, pull = torch.func.vjp(function, *chosen)
     _, pull_twice = torch.func.vjp(pull, tuple(torch.zeros_like(out) for out in outputs))
     (found,) = pull_twice(tuple(tangents[k] for k in places))
     return found
-
-
-def _flatten(pair):
-    return pair[0], *pair[1]
 
 
 _OUTPUTS = {"lstm": 4, "gru": 2, "rnn": 2}  # differentiable outputs of forward

@@ -61,6 +61,7 @@ def replace_rnn(module: nn.Module) -> nn.Module:
     Returns the module, or its replacement where the module itself is one.
     Raises TypeError where ``module`` is not a torch.nn.Module.
 
+    >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.LSTM(4, 8))
     >>> type(replace_rnn(model)[1])
     <class 'fused_rnn.modules.LSTM'>

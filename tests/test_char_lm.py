@@ -80,12 +80,11 @@ def test_rows_cover_the_text_in_order(char_lm):
     assert torch.equal(rows.step(1, slice(2, 4))[0], rows.step(1)[0][:, 2:])
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 def test_same_losses_for_50_steps(run, cell):
-    logs = [
-        run(f"--impl={impl}", f"--cell={cell}", "--steps=50", "--seed=3")
-        for impl in ("nn", "fused")
-    ]
+    # the clipping bites at every step: it works in place, so no two gradients may share memory
+    options = [f"--cell={cell}", "--steps=50", "--seed=3", "--clip=0.1"]
+    logs = [run(f"--impl={impl}", *options) for impl in ("nn", "fused")]
     close(logs[0]["train"], logs[1]["train"])
     close(*([loss for _, loss in log["valid"]] for log in logs))
     assert logs[0]["train"][-1] < logs[0]["train"][0] - 1  # it learns, so the curves could part

@@ -49,7 +49,12 @@ class Product {
       const Weights a{p_.a.data, p_.a.dtype, 1, p_.m, depth, 0, p_.a.row, p_.a.column};
       parallel(tiles_, threaded_, [&](int64_t tile) {
         const int rows = lanes_at(p_.m, tile * kRows, kRows);
-        pack_vector(a, a_start + tile * kRows * p_.a.row, rows, tile_a(tile, depth), kRows);
+        constexpr int kWidth = Vec<T>::kWidth;
+        // Last vector first: a store of its whole width runs into the next k's first lanes.
+        for (int m = (rows - 1) / kWidth * kWidth; m >= 0; m -= kWidth) {
+          pack_vector(a, a_start + (tile * kRows + m) * p_.a.row, lanes_at(rows, m, kWidth),
+                      tile_a(tile, depth) + m, kRows);
+        }
       });
     }
     const int64_t groups = (tiles_ + kGroupTiles - 1) / kGroupTiles;
