@@ -257,9 +257,11 @@ def backward(
         else:
             dw_hh = over_steps(dgates, h_prev)
     if want.b_ih or want.b_hh:
-        db_ih = db_hh = summed(dgates)
+        db_ih = summed(dgates)
         if want.b_hh and after:
             db_hh = torch.cat((db_ih[:, : 2 * size], summed(dgates_hn)), 1)
+        elif want.b_hh:  # a tensor of its own: gradients are changed in place
+            db_hh = db_ih.clone() if want.b_ih else db_ih
     if want.w_hr:
         o = gates[..., 3 * tape[1].shape[3] :]
         dw_hr = over_steps(dh, o * torch.tanh(tape[1]))
