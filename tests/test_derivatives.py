@@ -217,10 +217,10 @@ def test_inputs_of_the_function_match_the_waist():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_share_no_memory(name, dtype, backend, device):
+def test_gradients_share_no_memory(name, dtype):
     """Each gradient is a tensor of its own: clipping changes them in place."""
     case = dataclasses.replace(CASES[name], dtype=dtype)
-    gradients = [v for k, v in evaluate(case, backend, device).items() if k.startswith("d")]
+    gradients = [v for k, v in evaluate(case, "cpu").items() if k.startswith("d")]
     before = [g.clone() for g in gradients]
     for gradient in gradients:
         gradient.mul_(0.5)
