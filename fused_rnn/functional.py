@@ -133,19 +133,23 @@ def run_layer(
     inputs: LayerInputs,
     reverse: tuple[bool, ...],
     *,
-    single_step: bool = False,
+    plain_path: bool = False,
     **options,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """One layer on checked shapes: (y [T, B, S, P], h_n, c_n, cells), the last two None where the
-    cell has none or ``return_cells`` is false. Casts under autocast as torch.nn does, whose
-    ``single_step`` cells differ from its layers. ``options`` are those of ``_run_layer``."""
+    cell has none or ``return_cells`` is false. Casts under autocast as torch.nn does, to which
+    ``plain_path`` matters: its cells and packed input do not run in oneDNN. ``options`` are
+    ``_run_layer``'s."""
     device = inputs.x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         low = torch.get_autocast_dtype(device)
-        # torch.nn on the CPU takes the products of its GRU and LSTMCell in the low dtype and
-        # returns float32; its projected LSTM returns c_n alone in float32.
-        wide = device == "cpu" and (cell == "gru" or (cell == "lstm" and single_step))
-        state = torch.float32 if device == "cpu" and inputs.w_hr is not None else None
+        # Off oneDNN, torch.nn on the CPU takes products in the low dtype and all else in the
+        # state's; a projection is one more product, which leaves c_n alone in the state's dtype.
+        state = inputs.h0 if inputs.c0 is None else inputs.c0
+        keeps = device == "cpu" and state.dtype == torch.float32
+        projected = inputs.w_hr is not None
+        wide = keeps and (cell == "gru" or (cell == "lstm" and plain_path and not projected))
+        state = torch.float32 if keeps and projected else None
         with torch.autocast(device, enabled=False):
             return _run_layer(
                 cell, _autocast(inputs, low, wide), reverse, state_dtype=state, **options

@@ -84,6 +84,8 @@ class _FusedRNNBase(torch.nn.RNNBase):
                 tape=self.tape,
                 return_cells=return_cells,
                 relu=self.mode == "RNN_RELU",
+                plain_path=packing is not None,
+                # torch.nn runs a packed LSTM cell by cell, which autocast treats as cells.
             )
             finals.append((h_n,) if c_n is None else (h_n, c_n))
             if return_cells:
@@ -348,7 +350,7 @@ class _FusedCell(torch.nn.RNNCellBase):
             LayerInputs(input.unsqueeze(0), *weights, None, h0, c0, None),
             (False,),
             relu=getattr(self, "nonlinearity", None) == "relu",
-            single_step=True,
+            plain_path=True,
             # A cell of no units is legal in torch.nn; there is nothing for a kernel to do.
             backend=None if self.hidden_size else "reference",
         )

@@ -12,7 +12,7 @@ from fused_rnn.testing import compare, error
 LAYERS = ("LSTM", "GRU", "RNN")
 CELLS = ("LSTMCell", "GRUCell", "RNNCell")
 SIZES = (4, 5)  # input_size, hidden_size
-DRAWS = 9  # how often torch.nn's own error is sampled: that of one small tensor may be luck
+DRAWS = 16  # how often torch.nn's own error is sampled: that of one small tensor may be luck
 
 
 def both(name: str) -> tuple[type, type]:

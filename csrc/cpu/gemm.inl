@@ -6,7 +6,7 @@
 // vectors in a panel enters, so a row's result does not depend on its company. The blocks are there
 // for accuracy: the error of one chain grows with its length.
 
-constexpr int64_t kBlockK = 128;
+constexpr int64_t kBlockK = 32;
 
 // Rows of a tile for a panel of 1..4 vectors: what fits the registers (32 with AVX-512 and on
 // aarch64, else 16) beside one k of the panel and a broadcast.
