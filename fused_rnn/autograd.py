@@ -385,7 +385,8 @@ class Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         spec, count = ctx.spec, len(LayerInputs._fields)
-        inputs, tape = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        saved = ctx.saved_tensors  # once: checkpointing refuses to unpack a second time
+        inputs, tape = saved[:count], saved[count:]
         wanted = tuple(ctx.needs_input_grad[1 : 1 + _DIFFERENTIABLE])
         grads = grads[: _OUTPUTS[spec.cell]]
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
