@@ -38,7 +38,11 @@ class _FusedRNNBase(torch.nn.RNNBase):
         return super().extra_repr() + ("" if self.tape == "keep" else f", tape={self.tape!r}")
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
-        weight = getattr(self, self._flat_weights_names[0])
+        name = self._flat_weights_names[0]
+        if "parametrizations" in self._modules and name in self.parametrizations:
+            weight = next(self.parametrizations[name].parameters())  # reading it computes it
+        else:
+            weight = getattr(self, name)
         expected = (2 if batch_sizes is not None else 3, self.input_size, weight.dtype)
         if (input.dim(), input.size(-1), input.dtype) != expected:
             self._update_flat_weights()
@@ -85,7 +89,6 @@ class _FusedRNNBase(torch.nn.RNNBase):
                 return_cells=return_cells,
                 relu=self.mode == "RNN_RELU",
                 plain_path=packing is not None,
-                # torch.nn runs a packed LSTM cell by cell, which autocast treats as cells.
             )
             finals.append((h_n,) if c_n is None else (h_n, c_n))
             if return_cells:
