@@ -1,5 +1,7 @@
 """The table of backends: where each runs, why it is unavailable, and which one a call gets."""
 
+import functools
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable
@@ -8,7 +10,9 @@ from typing import NamedTuple
 
 import torch
 
+from fused_rnn import plan
 from fused_rnn.ops import ACC_DTYPE
+from fused_rnn.precision import current_fp32_precision
 
 REMEDY = (
     "build it with a C++ compiler: `pip install --no-build-isolation .` in the source tree,"
@@ -27,19 +31,26 @@ class Request(NamedTuple):
     cells: bool = False  # all cell states asked for
     reset_after: bool = True
     projected_input: bool = False  # gates_x given instead of x
+    # Sizes, which the automatic choice on a GPU goes by; None where they are not known.
+    device_index: int | None = None
+    rows: int | None = None
+    hidden: int | None = None
+    proj: int = 0
 
 
 @dataclass(frozen=True)
 class Backend:
     """One row of the table.
 
-    ``unavailable()`` is None or the reason and remedy; ``refuses(request)`` is None or the reason.
+    ``unavailable()`` is None or the reason and remedy; ``refuses(request)`` is None or the reason;
+    ``yields(request)`` is None, or why the automatic choice prefers a later row of the table.
     """
 
     name: str
     description: str
     unavailable: Callable[[], str | None]
     refuses: Callable[[Request], str | None]
+    yields: Callable[[Request], str | None] = lambda request: None
 
 
 def _load_extension() -> str | None:
@@ -62,6 +73,67 @@ def _cpu_refuses(request: Request) -> str | None:
     return None
 
 
+def _interpreting() -> bool:
+    """Whether Triton kernels run on the CPU, in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+@functools.lru_cache
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton (CUDA and ROCm builds of torch bring it)"
+    return None
+
+
+def _triton_unavailable() -> str | None:
+    if reason := _triton_missing():
+        return reason
+    if not _has_gpu() and not _interpreting():
+        return (
+            "there is no GPU that torch can use; TRITON_INTERPRET=1, set before the first use, runs"
+            " its kernels slowly on the CPU"
+        )
+    return None
+
+
+def _triton_refuses(request: Request) -> str | None:
+    if request.device == "cuda":
+        if _interpreting():
+            return "TRITON_INTERPRET is set; unset it to run on the GPU"
+        return None
+    if request.device == "cpu" and _interpreting():
+        return None
+    return (
+        f"it runs on NVIDIA and AMD GPUs, the input is on {request.device}; move the module and"
+        " input to a GPU" + ("" if request.device != "cpu" else ", or set TRITON_INTERPRET=1")
+    )
+
+
+def _triton_yields(request: Request) -> str | None:
+    if request.device == "cpu":
+        return "interpreted kernels are slow"
+    if request.hidden is None or torch.compiler.is_compiling() or _torch_refuses(request):
+        return None  # under torch.compile ours is one graph and torch.nn's path is not
+    precision = current_fp32_precision() if request.dtype == torch.float32 else "ieee"
+    device = plan.device_of(request.device_index or 0)
+    shape = plan.Shape(
+        request.cell,
+        len(request.reverse),
+        request.rows or 32,
+        request.hidden,
+        request.dtype,
+        request.proj,
+        precision=precision,
+    )
+    if plan.torch_is_faster(device, shape):
+        return f"torch.nn's path is predicted to be faster at B = {shape.B}, H = {shape.H}"
+    return None
+
+
 def _torch_refuses(request: Request) -> str | None:
     if request.flags:
         return "torch.nn's path has no lengths or reset"
@@ -80,11 +152,18 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("cpu", "C++ SIMD scans", lambda: _extension_missing, _cpu_refuses),
+        Backend(
+            "triton",
+            "Triton kernels",
+            _triton_unavailable,
+            _triton_refuses,
+            _triton_yields,
+        ),
         Backend("torch", "torch.nn's own path", lambda: None, _torch_refuses),
         Backend("reference", "plain PyTorch loop", lambda: None, lambda request: None),
     )
 }
-AUTO = "auto"  # the order of BACKENDS is the order of the automatic choice
+AUTO = "auto"  # the order of BACKENDS is the order of the automatic choice, but for ``yields``
 
 
 def _known(name: str, source: str) -> str:
@@ -170,9 +249,11 @@ def choose(request: Request, name: str | None = None) -> str:
             f"backend {name!r} cannot run this {request.cell}: {reason}."
             f" What would: {', '.join(others) or 'none'}"
         )
-    for name in BACKENDS:
-        if why_not(name, request) is None:
-            if _extension_missing is not None:
-                _warn_once(request, name)
-            return name
+    able = [name for name in BACKENDS if why_not(name, request) is None]
+    if able:
+        preferred = [name for name in able if BACKENDS[name].yields(request) is None]
+        chosen = (preferred or able)[0]
+        if _extension_missing is not None:
+            _warn_once(request, chosen)
+        return chosen
     raise RuntimeError(f"no backend can run this {request.cell}: {why_not('reference', request)}")

@@ -157,6 +157,15 @@ def run_layer(
     return _run_layer(cell, inputs, reverse, **options)
 
 
+def _sizes(inputs: LayerInputs):
+    """device_index, rows, hidden and proj of a backends.Request, where a GPU's choice needs them."""
+    if inputs.x.device.type != "cuda" or torch.compiler.is_compiling():
+        return ()
+    proj = 0 if inputs.w_hr is None else inputs.w_hr.shape[1]
+    hidden = inputs.w_hh.shape[2] if inputs.w_hr is None else inputs.w_hr.shape[2]
+    return inputs.x.device.index, inputs.h0.shape[1], hidden, proj
+
+
 def _run_layer(
     cell: str,
     inputs: LayerInputs,
@@ -183,6 +192,7 @@ def _run_layer(
         return_cells,
         reset_after,
         inputs.w_ih is None,
+        *_sizes(inputs),
     )
     name = backends.choose(request, backend)
     if name == "torch":

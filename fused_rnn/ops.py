@@ -5,6 +5,8 @@ all under the schemas below (see docs/design.md for shapes and meanings). The im
 with the backend: C++ registers its own when ``fused_rnn._C`` is loaded.
 """
 
+import importlib
+
 import torch
 from torch import Tensor
 
@@ -271,6 +273,24 @@ def family(backend: str) -> dict:
     return _families[backend]
 
 
+def implement_lazily(backend: str, module: str, keys: tuple[str, ...]) -> None:
+    """Register a family's implementations for dispatch keys from Python: ``IMPLEMENTATIONS`` of a
+    module that is imported at the first call."""
+
+    def implementation(name):
+        def run(*args):
+            return importlib.import_module(module).IMPLEMENTATIONS[name](*args)
+
+        return run
+
+    for name in _families[backend]:
+        for key in keys:
+            _library.impl(f"{backend}_{name}", implementation(name), key)
+
+
 define_family("cpu")
+define_family("triton")
+# On a CPU the Triton kernels run under Triton's interpreter, and raise without it.
+implement_lazily("triton", "fused_rnn.triton.operators", ("CPU", "CUDA"))
 # 0 portable, 1 AVX2, 2 AVX-512: what the C++ backend computes with on this machine.
 _library.define("cpu_isa() -> int")

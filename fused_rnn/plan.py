@@ -1,0 +1,370 @@
+"""Which kernel and which tiles a scan gets, and how long a step should take: pure Python.
+
+The choice depends on (device, cell, S, B, H, dtype) through a small model of bytes, products and
+synchronisations. The model's constants are published figures until measured ones replace them;
+docs/performance.md has its predictions beside what has been measured. Nothing here imports Triton
+or touches a GPU, so all of it is tested anywhere.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+
+from fused_rnn.ops import GATES
+
+PRECISIONS = ("ieee", "tf32", "tf32x3")  # of products; float32 alone has a choice
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the model knows of a GPU.
+
+    backend: "cuda" or "hip", as Triton calls its targets; arch: 80, 90, 100, "gfx942", ...;
+    shared: bytes of shared memory one program may have; clock: GHz; memory, l2: GB/s of the whole
+    GPU; l2_one: bytes a clock one multiprocessor reads from L2; mma16, mma32, fma: multiply-adds a
+    clock a multiprocessor does on 16-bit and TF32 operands by tensor cores, and on float32 by FMA.
+    """
+
+    name: str
+    backend: str
+    arch: int | str
+    multiprocessors: int
+    shared: int
+    clock: float
+    memory: float
+    l2: float
+    l2_one: float = 64
+    mma16: int = 1024
+    mma32: int = 512
+    fma: int = 128
+
+    @property
+    def warp(self) -> int:
+        return 64 if self.backend == "hip" else 32
+
+    @property
+    def has_tf32(self) -> bool:
+        return self.backend == "cuda" or self.arch == "gfx942"
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("A100", "cuda", 80, 108, 163 * 1024, 1.41, 1935, 4000),
+        Device("H100", "cuda", 90, 132, 227 * 1024, 1.755, 3350, 5500),
+        Device("H200", "cuda", 90, 132, 227 * 1024, 1.755, 4800, 5500),
+        Device("B200", "cuda", 100, 148, 227 * 1024, 1.85, 8000, 9000),
+        Device("MI300X", "hip", "gfx942", 304, 64 * 1024, 2.1, 5300, 10000, fma=256),
+    )
+}
+
+
+@lru_cache
+def device_of(index: int) -> Device:
+    """The model of a GPU that is here, by torch's index: its own sizes, and the rates of the known
+    GPU of its architecture, or of the A100."""
+    has = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        arch: int | str = has.gcnArchName.split(":")[0]
+        like, backend = DEVICES["MI300X"], "hip"
+    else:
+        arch, backend = has.major * 10 + has.minor, "cuda"
+        like = DEVICES["A100"]
+        for known in DEVICES.values():
+            if known.backend == "cuda" and known.arch <= arch:
+                like = known
+    for known in DEVICES.values():
+        if known.name in has.name:
+            like = known
+    return replace(
+        like,
+        name=has.name,
+        backend=backend,
+        arch=arch,
+        multiprocessors=has.multi_processor_count,
+        shared=getattr(has, "shared_memory_per_block_optin", like.shared),
+    )
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """Block scan: the whole sequence in one launch, weights held by every program."""
+
+    block_h: int
+    block_b: int
+    num_warps: int
+    num_stages: int = 1
+
+    kind = "block"
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """Tiles of units and rows: one launch a step, or (streamed) one for the whole sequence."""
+
+    block_u: int
+    block_b: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    streamed: bool = False
+
+    @property
+    def kind(self) -> str:
+        return "streamed" if self.streamed else "step"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A scan as the plan sees it: cell with its variant, stack, rows, units, size of the hidden
+    state where it is projected (0 elsewhere), dtype, precision of products, direction of time."""
+
+    cell: str
+    S: int
+    B: int
+    H: int
+    dtype: torch.dtype
+    proj: int = 0
+    reset_after: bool = True
+    precision: str = "ieee"
+    backward: bool = False
+
+    @property
+    def gates(self) -> int:
+        return GATES[self.cell]
+
+    @property
+    def two_phases(self) -> bool:
+        """Whether a step is two products, one after the other."""
+        return bool(self.proj) or (self.cell == "gru" and not self.reset_after)
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _tensor_cores(shape: Shape) -> bool:
+    return shape.itemsize == 2 or shape.precision != "ieee"
+
+
+def held_bytes(shape: Shape) -> int:
+    """Bytes of weights a block scan holds: padded to a power of two, twice with 3xTF32, whose
+    weights are kept as two numbers each."""
+    block_h = max(32, _power_of_2(shape.H))
+    copies = 2 if shape.precision == "tf32x3" else 1
+    return copies * shape.gates * block_h * block_h * shape.itemsize
+
+
+def block_plan(device: Device, shape: Shape) -> BlockPlan | None:
+    """The block scan of a shape, or None where the weights do not fit a multiprocessor."""
+    block_h = max(32, _power_of_2(shape.H))
+    if shape.proj or shape.dtype == torch.float64 or block_h > 128:
+        return None
+    if device.backend == "hip":  # weights stay in registers: 512 of 4 bytes a lane, half for them
+        if held_bytes(shape) > 128 * 1024:
+            return None
+    elif held_bytes(shape) + _STAGING > device.shared:
+        return None
+    if not _tensor_cores(shape):
+        # Products by FMA keep their operands in registers.
+        return BlockPlan(block_h, 16, 4 if block_h == 32 else 8) if block_h <= 64 else None
+    return BlockPlan(block_h, 16, block_h // 16)
+
+
+# Shared memory of a block scan besides its weights: operands on their way between layouts, and
+# alignment. The compile tests hold every configuration against the target's limit.
+_STAGING = 16 * 1024
+
+
+def tile_plan(device: Device, shape: Shape, streamed: bool) -> TilePlan | None:
+    """Tiles of the step path, or of the streamed scan (None for two-phase cells)."""
+    if streamed and shape.two_phases:
+        return None
+    stages = 2 if device.backend == "hip" else 4
+    if shape.dtype == torch.float64:
+        return TilePlan(16, 16, 16, 4, 1, streamed)
+    if not _tensor_cores(shape):
+        return TilePlan(16, 16, 32, 4, 2, streamed)
+    block_k = 128 // shape.itemsize
+    if streamed:
+        # One program does all units: large tiles, all warps, to keep many loads in flight.
+        return TilePlan(32, 16, block_k, 8, stages, True)
+    # Enough programs for all multiprocessors, each with as few weights to read as possible.
+    return TilePlan(16, 16 if shape.B <= 32 else 32, block_k, 4, stages)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Microseconds of one step and what they are made of."""
+
+    plan: BlockPlan | TilePlan
+    products: float
+    weights: float
+    sequences: float
+    latency: float
+    launches: float
+
+    @property
+    def total(self) -> float:
+        return max(self.products, self.weights, self.sequences) + max(self.latency, self.launches)
+
+
+# Published cycles: shared memory 29 (a write, a barrier and a read: about 100), L2 258 to 414, one
+# tensor core instruction of a chain 24; about 30 instructions an exponential with its quotient.
+EXCHANGE_CYCLES = 100
+L2_CYCLES = 330
+MMA_CYCLES = 24
+EXPONENTIAL_CYCLES = {"lstm": 5 * 35, "gru": 3 * 35, "rnn": 35}
+# From the host: one launch of a loop that reuses a compiled kernel; on the GPU: from the end of one
+# kernel to the start of the next.
+LAUNCH_US = 4.0
+KERNEL_US = 1.0
+
+
+def predict(device: Device, shape: Shape, plan: BlockPlan | TilePlan) -> Prediction:
+    """The model: what one step of a scan should take on a device."""
+    gates, out = shape.gates, shape.proj or shape.H
+    us_per_cycle = 1e-3 / device.clock
+    rate = {2: device.mma16, 4: device.mma32, 8: device.fma / 2}[shape.itemsize]
+    if shape.itemsize == 4 and shape.precision == "ieee":
+        rate = device.fma
+    if shape.precision == "tf32x3":
+        rate /= 3
+    tiles = shape.S * -(-shape.B // plan.block_b)
+    # Gates in and out (float32), y, and what the backward scan adds.
+    per_unit = (gates * 4 + 4 + shape.itemsize) * (2 if shape.backward else 1)
+    sequences = shape.S * shape.B * shape.H * per_unit / device.memory * 1e-3
+    exponentials = EXPONENTIAL_CYCLES[shape.cell] / (2 if shape.backward else 1)
+    weights_bytes = gates * shape.H * out * shape.itemsize
+    phases = 2 if shape.two_phases else 1
+    if isinstance(plan, BlockPlan):
+        waves = -(-tiles // device.multiprocessors)
+        work = gates * plan.block_h**2 * plan.block_b
+        chain = plan.block_h / 16 * MMA_CYCLES * (2 if shape.backward else 1)
+        latency = (chain + 2 * EXCHANGE_CYCLES * phases + exponentials + L2_CYCLES / 4) * waves
+        return Prediction(
+            plan, work / rate * waves * us_per_cycle, 0.0, sequences, latency * us_per_cycle, 0.0
+        )
+    blocks = -(-shape.H // plan.block_u)
+    padded = 4 if gates == 3 and not shape.backward else gates
+    work = padded * plan.block_u * out * plan.block_b
+    loads = -(-(gates * shape.H if shape.backward else out) // plan.block_k)
+    chain = loads * max(plan.block_k / 16 * MMA_CYCLES, L2_CYCLES / plan.num_stages) + L2_CYCLES
+    latency = (chain + 2 * EXCHANGE_CYCLES + exponentials) * phases
+    if plan.streamed:
+        waves = -(-tiles // device.multiprocessors)
+        weights = weights_bytes / device.l2_one * waves * us_per_cycle
+        total = latency * blocks / 2 * waves * us_per_cycle  # two blocks overlap
+        return Prediction(
+            plan, work * blocks / rate * waves * us_per_cycle, weights, sequences, total, 0.0
+        )
+    waves = -(-tiles * blocks // device.multiprocessors)
+    weights = weights_bytes * tiles / device.l2 * 1e-3
+    return Prediction(
+        plan,
+        work / rate * waves * us_per_cycle,
+        weights,
+        sequences,
+        latency * us_per_cycle + KERNEL_US * phases,
+        LAUNCH_US * phases,
+    )
+
+
+def choices(device: Device, shape: Shape) -> list[Prediction]:
+    """Every kernel that can run a shape, the fastest by prediction first."""
+    plans = [
+        block_plan(device, shape),
+        tile_plan(device, shape, streamed=True),
+        tile_plan(device, shape, streamed=False),
+    ]
+    return sorted((predict(device, shape, p) for p in plans if p), key=lambda p: p.total)
+
+
+@lru_cache(maxsize=4096)
+def choose(device: Device, shape: Shape) -> BlockPlan | TilePlan:
+    """The kernel and tiles a scan gets. Every shape gets some."""
+    return choices(device, shape)[0].plan
+
+
+def cudnn_step_us(device: Device, shape: Shape, layers_alike: bool = True) -> float:
+    """What a step of cuDNN is taken to cost, for the automatic choice between its path and ours.
+
+    cuDNN keeps weights on the chip for float16 LSTMs of H <= 1024 in multiples of 128, B <= 128 in
+    multiples of 8, one direction, and for H <= 192 (128 backward); published on an H100: 1.96 us a
+    step for an LSTM of H = 768, B = 16. Elsewhere it launches a product and a pointwise kernel a
+    step.
+    """
+    persistent = (
+        shape.cell == "lstm"
+        and shape.dtype == torch.float16
+        and not shape.proj
+        and shape.S == 1
+        and (shape.H % 128 == 0 and shape.H <= 1024)
+        and (shape.B % 8 == 0 and shape.B <= 128)
+        and layers_alike
+    )
+    if persistent:
+        return 1.96 * (1.6 if shape.backward else 1.0)
+    out = shape.proj or shape.H
+    weights = shape.gates * shape.H * out * shape.itemsize
+    products = 2 * shape.gates * shape.H * out * shape.B
+    peak = (
+        device.multiprocessors
+        * device.clock
+        * 2e3
+        * (
+            device.mma16
+            if shape.itemsize == 2
+            else device.mma32
+            if shape.itemsize == 4
+            else device.fma
+        )
+    )  # operations a us
+    once = 3.5 + max(weights / device.l2 * 1e-3, 2 * products / peak)
+    return once * shape.S
+
+
+def torch_is_faster(device: Device, shape: Shape) -> bool:
+    """Whether torch.nn's own path is predicted to beat ours, for a call it can take."""
+    return cudnn_step_us(device, shape) < choices(device, shape)[0].total
+
+
+@dataclass(frozen=True)
+class MatmulPlan:
+    """Tiles of the matrix product."""
+
+    block_m: int
+    block_l: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def matmul_plan(device: Device, L: int, dtype: torch.dtype, precision: str) -> MatmulPlan:
+    """Tiles by the width of the result and the dtype, never by the number of rows, on which a row's
+    bits may not depend."""
+    stages = 2 if device.backend == "hip" else 3
+    if dtype == torch.float64:
+        return MatmulPlan(32, 32, 16, 4, 1)
+    if dtype == torch.float32 and precision == "ieee":
+        return MatmulPlan(64, 64, 16, 8, 2)
+    narrow = L <= 64
+    block_k = 64 if dtype.itemsize == 2 else 32
+    if precision == "tf32x3":
+        return MatmulPlan(64, 64, 32, 4, 2)
+    return MatmulPlan(128, 64 if narrow else 128, block_k, 4 if narrow else 8, stages)
+
+
+def matmul_chunk(K: int, L: int) -> int:
+    """Terms summed by one program: long sums, of which weight gradients are made, are shared out,
+    the more the narrower the result. Depends on K and L alone, for the same reason."""
+    chunk = max(2048, 4 * L)
+    parts = -(-K // chunk)
+    if parts > 64:
+        chunk = -(-K // 64)
+    return -(-chunk // 128) * 128

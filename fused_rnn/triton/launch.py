@@ -1,0 +1,140 @@
+"""Launching: which kernel and which tiles a call gets, one launch or one a step, on which device."""
+
+import contextlib
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_rnn import plan as planning
+from fused_rnn.plan import Shape
+from fused_rnn.precision import current_fp32_precision
+from fused_rnn.triton import primitives
+from fused_rnn.triton.arguments import Layer, check
+
+TL_DTYPE = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+INTERPRETED = bool(primitives.INTERPRETED.value)
+# The model that plans interpreted runs on the CPU.
+_INTERPRETED_DEVICE = planning.DEVICES["H200"]
+
+
+def device_model(device: torch.device) -> planning.Device:
+    """The planner's model of the device of a call; raises where no kernel can run on it."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return planning.device_of(index)
+    check(
+        INTERPRETED,
+        f"the Triton backend runs on GPU tensors, got {device}; move the tensors to a GPU, or set"
+        " TRITON_INTERPRET=1 before fused_rnn is first used, which runs it slowly on a CPU",
+    )
+    return _INTERPRETED_DEVICE
+
+
+def precision_of(device: planning.Device, kind: str, dtype: torch.dtype) -> str:
+    if dtype != torch.float32:
+        return "ieee"
+    wanted = current_fp32_precision(kind)
+    return wanted if device.has_tf32 else "ieee"
+
+
+def planned(layer: Layer, cell: str, proj: bool = False, reset_after=True, backward=False):
+    """(plan, precision) of a call."""
+    device = device_model(layer.device)
+    precision = precision_of(device, layer.device.type, layer.io)
+    shape = Shape(
+        cell,
+        layer.S,
+        layer.B,
+        layer.H,
+        layer.io,
+        layer.P if proj else 0,
+        reset_after,
+        precision,
+        backward,
+    )
+    return planning.choose(device, shape), precision
+
+
+def on(device: torch.device):
+    """The context in which kernels go to a tensor's device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+class Steps:
+    """Launches one kernel again and again with only the step changing.
+
+    The first launch goes through Triton's dispatch, which compiles; the others call the compiled
+    kernel, at a fraction of the time on the host.
+    """
+
+    def __init__(self, kernel, grid, args: tuple, constants: tuple, step_at: int, options: dict):
+        self.kernel, self.grid, self.options = kernel, grid, options
+        self.args, self.step_at, self.compiled = [*args, *constants], step_at, None
+
+    def __call__(self, step: int) -> None:
+        self.args[self.step_at] = step
+        if self.compiled is None:
+            found = self.kernel[self.grid](*self.args, **self.options)
+            if not INTERPRETED:
+                stream = torch.cuda.current_stream().cuda_stream
+                self.compiled = functools.partial(found[self.grid], stream=stream)
+        else:
+            self.compiled(*self.args)
+
+
+def launch_block(
+    kernel, layer: Layer, plan: planning.BlockPlan, args: tuple, constants: tuple, precision: str
+):
+    """One launch of a block scan."""
+    grid = (layer.S * triton.cdiv(layer.B, plan.block_b),)
+    constants = (*constants, plan.block_h, plan.block_b, precision)
+    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
+    kernel[grid](*args, *layer.reverse, layer.T, layer.B, layer.S, layer.H, *constants, **options)
+
+
+def steps_of(
+    kernel,
+    layer: Layer,
+    plan,
+    units: int,
+    args: tuple,
+    sizes: tuple,
+    constants: tuple,
+    precision: str,
+    counted: bool = True,
+) -> Steps:
+    """The launcher of a tile kernel over ``units`` for one step at a time."""
+    grid = (layer.S * triton.cdiv(layer.B, plan.block_b), triton.cdiv(units, plan.block_u))
+    span = (0, 1) if counted else (0,)
+    before = (*args, *layer.reverse)
+    args = (*before, *span, layer.T, layer.B, layer.S, *sizes)
+    constants = (*constants, plan.block_u, plan.block_b, plan.block_k, precision)
+    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
+    return Steps(kernel, grid, args, constants, len(before), options)
+
+
+def scan(steps: Steps, plan, count: int) -> None:
+    """All steps by a tile kernel: in one launch where the plan streams, else in one each."""
+    if plan.streamed:
+        steps.grid = (steps.grid[0], 1)
+        steps.args[steps.step_at + 1] = count
+        steps(0)
+    else:
+        for step in range(count):
+            steps(step)
+
+
+def halves(layer: Layer, first: Tensor | None, size: int) -> Tensor:
+    """[2, S, B, size] in io: what one step reads and the other half, which it writes."""
+    both = layer.empty(2, layer.S, layer.B, size, dtype=layer.io)
+    if first is not None:
+        both[0].copy_(first)
+    return both

@@ -1,0 +1,371 @@
+"""The operators ``fused_rnn::triton_*``: schemas fused_rnn/ops.py's, meanings docs/design.md's."""
+
+import torch
+import triton
+from torch import Tensor
+
+from fused_rnn import plan as planning
+from fused_rnn.ops import ACC_DTYPE
+from fused_rnn.triton import block, matmul, tiles_gru, tiles_lstm, tiles_rnn
+from fused_rnn.triton.arguments import (
+    check,
+    check_tensor,
+    layer_of,
+    sequence_of,
+    state_of,
+    tape_of,
+    weights_of,
+    whole_stack,
+)
+from fused_rnn.triton.launch import (
+    TL_DTYPE,
+    device_model,
+    halves,
+    launch_block,
+    on,
+    planned,
+    precision_of,
+    scan,
+    steps_of,
+)
+
+
+def _lstm(gates_x, w_hh, w_hr, h0, c0, flags, reverse, keep_cells, keep_gates):
+    """(y, h_n, c_n, cells, gates) of the LSTM's forward scan; the last two empty where not kept."""
+    layer = layer_of("gates_x", gates_x, w_hh, 4, w_hr is None, flags, reverse)
+    T, B, S, H, P = layer[:5]
+    x = sequence_of(layer, "gates_x", gates_x, 4 * H, "[T, B, S, 4H]")
+    w_hh = weights_of(layer, "w_hh", w_hh, (S, 4 * H, P), "[S, 4H, P]")
+    w_hr = weights_of(layer, "w_hr", w_hr, (S, P, H), "[S, P, H]")
+    h0 = state_of(layer, "h0", h0, P, "[S, B, P]")
+    c0 = state_of(layer, "c0", c0, H, "[S, B, H]")
+    y = layer.empty(T, B, S, P, dtype=layer.io)
+    cells = layer.empty(T if keep_cells else 0, B, S, H)
+    gates = layer.empty(T, B, S, 4 * H if keep_gates else 0)
+    keep = (int(keep_cells), int(keep_gates))
+    plan, precision = planned(layer, "lstm", proj=w_hr is not None)
+    if B == 0 or S == 0:
+        return y, layer.empty(S, B, P, dtype=layer.io), layer.empty(S, B, H), cells, gates
+    with on(layer.device):
+        if plan.kind == "block":
+            h_n, c_n = layer.empty(S, B, P, dtype=layer.io), layer.empty(S, B, H)
+            kept = (cells if keep_cells else c_n, gates if keep_gates else c_n)
+            args = (*x, w_hh, h0, c0, *layer.flags, y, h_n, c_n, *kept, *keep)
+            launch_block(block.lstm_forward_block, layer, plan, args, (), precision)
+            return y, h_n, c_n, cells, gates
+        hs, c_n = halves(layer, h0, P), layer.empty(S, B, H).copy_(c0)
+        kept = (cells if keep_cells else c_n, gates if keep_gates else c_n)
+        m = layer.empty(S, B, H, dtype=layer.io) if w_hr is not None else y
+        args = (*x, w_hh, hs, c_n, *layer.flags, y, *kept, m, *keep)
+        step = steps_of(
+            tiles_lstm.lstm_forward_tiles,
+            layer,
+            plan,
+            H,
+            args,
+            (H, P),
+            (w_hr is not None,),
+            precision,
+        )
+        if w_hr is None:
+            scan(step, plan, T)
+        else:
+            args = (w_hr, m, hs, *layer.flags, y)
+            project = steps_of(
+                tiles_lstm.lstm_project_tiles, layer, plan, P, args, (H, P), (TL_DTYPE[layer.acc],),
+                precision, counted=False,
+            )  # fmt: skip
+            for p in range(T):
+                step(p)
+                project(p)
+    return y, hs[T % 2].clone(), c_n, cells, gates
+
+
+@whole_stack("lstm_forward")
+def lstm_forward(gates_x, w_hh, w_hr, h0, c0, flags, reverse, keep_gates):
+    return _lstm(gates_x, w_hh, w_hr, h0, c0, flags, reverse, True, keep_gates)
+
+
+@whole_stack("lstm_inference")
+def lstm_inference(gates_x, w_hh, w_hr, h0, c0, flags, reverse):
+    return _lstm(gates_x, w_hh, w_hr, h0, c0, flags, reverse, False, False)[:3]
+
+
+@whole_stack("lstm_backward")
+def lstm_backward(dy, dh_n, dc_n, dcells, w_hh, w_hr, c0, cells, gates, flags, reverse):
+    layer = layer_of("cells", cells, w_hh, 4, w_hr is None, flags, reverse)
+    T, B, S, H, P = layer[:5]
+    dy = sequence_of(layer, "dy", dy, P, "[T, B, S, P]")
+    dh_n = state_of(layer, "dh_n", dh_n, P, "[S, B, P]")
+    dc_n = state_of(layer, "dc_n", dc_n, H, "[S, B, H]")
+    dcells = sequence_of(layer, "dcells", dcells, H, "[T, B, S, H]")
+    w_hh = weights_of(layer, "w_hh", w_hh, (S, 4 * H, P), "[S, 4H, P]")
+    w_hr = weights_of(layer, "w_hr", w_hr, (S, P, H), "[S, P, H]")
+    c0 = state_of(layer, "c0", c0, H, "[S, B, H]")
+    cells = tape_of(layer, "cells", cells, H, "[T, B, S, H]")
+    gates = tape_of(layer, "gates", gates, 4 * H, "[T, B, S, 4H]")
+    projected = w_hr is not None
+    dgates, dh_all = layer.empty(T, B, S, 4 * H), layer.empty(T, B, S, P if projected else 0)
+    dh0, dc0 = layer.empty(S, B, P), layer.empty(S, B, H)
+    plan, precision = planned(layer, "lstm", proj=projected, backward=True)
+    if B == 0 or S == 0:
+        return dgates, dh0, dc0, dh_all
+    with on(layer.device):
+        if plan.kind == "block":
+            args = (
+                *dy,
+                dh_n,
+                dc_n,
+                *dcells,
+                w_hh,
+                c0,
+                cells,
+                gates,
+                *layer.flags,
+                dgates,
+                dh0,
+                dc0,
+            )
+            launch_block(block.lstm_backward_block, layer, plan, args, (), precision)
+            return dgates, dh0, dc0, dh_all
+        dh0.copy_(dh_n)
+        dc0.copy_(dc_n)
+        ds = halves(layer, None, 4 * H)
+        w = w_hh.mT.contiguous()
+        operand = layer.empty(S, B, P, dtype=layer.io) if projected else ds
+        args = (
+            *dy, *dcells, w_hr.mT.contiguous() if projected else w, ds, c0, cells, gates,
+            *layer.flags, dgates, dh0, operand, dc0,
+        )  # fmt: skip
+        step = steps_of(
+            tiles_lstm.lstm_backward_tiles, layer, plan, H, args, (H, P), (projected,), precision
+        )
+        if not projected:
+            scan(step, plan, T + 1)
+            return dgates, dh0, dc0, dh_all
+        args = (*dy, w, ds, *layer.flags, dh_all, dh0, operand)
+        unproject = steps_of(
+            tiles_lstm.lstm_backward_project_tiles, layer, plan, P, args, (H, P), (), precision,
+            counted=False,
+        )  # fmt: skip
+        for q in range(T + 1):
+            unproject(q)
+            step(q)
+    return dgates, dh0, dc0, dh_all
+
+
+def _gru(gates_x, w_hh, b_hn, h0, flags, reverse, reset_after, keep_gates):
+    """(y, h_n, gates) of the GRU's forward scan; gates empty where not kept."""
+    layer = layer_of("gates_x", gates_x, w_hh, 3, True, flags, reverse)
+    T, B, S, H, _ = layer[:5]
+    check(reset_after or b_hn is None, "b_hn must be None with reset_after=False")
+    x = sequence_of(layer, "gates_x", gates_x, 3 * H, "[T, B, S, 3H]")
+    w_hh = weights_of(layer, "w_hh", w_hh, (S, 3 * H, H), "[S, 3H, H]")
+    b_hn = weights_of(layer, "b_hn", b_hn, (S, H), "[S, H]")
+    h0 = state_of(layer, "h0", h0, H, "[S, B, H]")
+    y = layer.empty(T, B, S, H, dtype=layer.io)
+    gates = layer.empty(T, B, S, (4 if reset_after else 3) * H if keep_gates else 0)
+    keep = int(keep_gates)
+    plan, precision = planned(layer, "gru", reset_after=reset_after)
+    h_n = layer.empty(S, B, H, dtype=layer.io)
+    if B == 0 or S == 0:
+        return y, h_n, gates
+    bias = (b_hn if b_hn is not None else w_hh, b_hn is not None)
+    with on(layer.device):
+        state = layer.empty(S, B, H)
+        kept = gates if keep else state
+        if plan.kind == "block":
+            args = (*x, w_hh, bias[0], h0, *layer.flags, y, h_n, kept, keep)
+            constants = (TL_DTYPE[layer.acc], bias[1], reset_after)
+            launch_block(block.gru_forward_block, layer, plan, args, constants, precision)
+            return y, h_n, gates
+        hs, state = halves(layer, h0, H), state.copy_(h0)
+        if reset_after:
+            args = (*x, w_hh, bias[0], hs, state, *layer.flags, y, kept, keep)
+            step = steps_of(
+                tiles_gru.gru_forward_tiles, layer, plan, H, args, (H,), (bias[1],), precision
+            )
+            scan(step, plan, T)
+        else:
+            rh, z = layer.empty(S, B, H, dtype=layer.io), layer.empty(S, B, H)
+            common = (*x, w_hh, hs, state, *layer.flags)
+            rest = (layer, plan, H)
+            first = steps_of(
+                tiles_gru.gru_before_gates_tiles, *rest, (*common, kept, rh, z, keep), (H,), (),
+                precision, counted=False,
+            )  # fmt: skip
+            second = steps_of(
+                tiles_gru.gru_before_candidate_tiles, *rest, (*common, y, kept, rh, z, keep), (H,),
+                (), precision, counted=False,
+            )  # fmt: skip
+            for p in range(T):
+                first(p)
+                second(p)
+    return y, h_n.copy_(state), gates
+
+
+@whole_stack("gru_forward")
+def gru_forward(gates_x, w_hh, b_hn, h0, flags, reverse, reset_after, keep_gates):
+    return _gru(gates_x, w_hh, b_hn, h0, flags, reverse, reset_after, keep_gates)
+
+
+@whole_stack("gru_inference")
+def gru_inference(gates_x, w_hh, b_hn, h0, flags, reverse, reset_after):
+    return _gru(gates_x, w_hh, b_hn, h0, flags, reverse, reset_after, False)[:2]
+
+
+@whole_stack("gru_backward")
+def gru_backward(dy, dh_n, w_hh, h0, y, gates, flags, reverse, reset_after):
+    layer = layer_of("y", y, w_hh, 3, True, flags, reverse)
+    T, B, S, H, _ = layer[:5]
+    dy = sequence_of(layer, "dy", dy, H, "[T, B, S, H]")
+    dh_n = state_of(layer, "dh_n", dh_n, H, "[S, B, H]")
+    w_hh = weights_of(layer, "w_hh", w_hh, (S, 3 * H, H), "[S, 3H, H]")
+    h0 = state_of(layer, "h0", h0, H, "[S, B, H]")
+    y = tape_of(layer, "y", y, H, "[T, B, S, H]")
+    kept, axes = (4, "[T, B, S, 4H]") if reset_after else (3, "[T, B, S, 3H]")
+    gates = tape_of(layer, "gates", gates, kept * H, axes)
+    dgates, dgates_hn = layer.empty(T, B, S, 3 * H), layer.empty(T, B, S, H if reset_after else 0)
+    dh0 = layer.empty(S, B, H)
+    plan, precision = planned(layer, "gru", reset_after=reset_after, backward=True)
+    if B == 0 or S == 0:
+        return dgates, dgates_hn, dh0
+    hn = dgates_hn if reset_after else dgates
+    with on(layer.device):
+        if plan.kind == "block":
+            args = (*dy, dh_n, w_hh, h0, y, gates, *layer.flags, dgates, hn, dh0)
+            launch_block(block.gru_backward_block, layer, plan, args, (reset_after,), precision)
+            return dgates, dgates_hn, dh0
+        dh0.copy_(dh_n)
+        if reset_after:
+            ds = halves(layer, None, 3 * H)
+            w = w_hh.mT.contiguous()
+            args = (*dy, w, ds, h0, y, gates, *layer.flags, dgates, hn, dh0)
+            step = steps_of(tiles_gru.gru_backward_tiles, layer, plan, H, args, (H,), (), precision)
+            scan(step, plan, T + 1)
+            return dgates, dgates_hn, dh0
+        ds, dn = halves(layer, None, 2 * H), layer.empty(S, B, H, dtype=layer.io)
+        w_rz, w_n = w_hh[:, : 2 * H].mT.contiguous(), w_hh[:, 2 * H :].mT.contiguous()
+        args = (*dy, w_rz, ds, h0, y, gates, *layer.flags, dgates, dn, dh0)
+        first = steps_of(
+            tiles_gru.gru_before_backward_candidate_tiles, layer, plan, H, args, (H,), (), precision,
+            counted=False,
+        )  # fmt: skip
+        args = (w_n, ds, dn, h0, y, gates, *layer.flags, dgates, dh0)
+        second = steps_of(
+            tiles_gru.gru_before_backward_reset_tiles, layer, plan, H, args, (H,), (), precision,
+            counted=False,
+        )  # fmt: skip
+        for q in range(T):
+            first(q)
+            second(q)
+        first(T)
+    return dgates, dgates_hn, dh0
+
+
+@whole_stack("rnn_forward")
+def rnn_forward(gates_x, w_hh, h0, flags, reverse, relu):
+    layer = layer_of("gates_x", gates_x, w_hh, 1, True, flags, reverse)
+    T, B, S, H, _ = layer[:5]
+    x = sequence_of(layer, "gates_x", gates_x, H, "[T, B, S, H]")
+    w_hh = weights_of(layer, "w_hh", w_hh, (S, H, H), "[S, H, H]")
+    h0 = state_of(layer, "h0", h0, H, "[S, B, H]")
+    y, h_n = layer.empty(T, B, S, H, dtype=layer.io), layer.empty(S, B, H, dtype=layer.io)
+    plan, precision = planned(layer, "rnn")
+    if B == 0 or S == 0:
+        return y, h_n
+    acc = (TL_DTYPE[layer.acc],)
+    with on(layer.device):
+        if plan.kind == "block":
+            args = (*x, w_hh, h0, *layer.flags, y, h_n, int(relu))
+            launch_block(block.rnn_forward_block, layer, plan, args, acc, precision)
+            return y, h_n
+        hs = halves(layer, h0, H)
+        args = (*x, w_hh, hs, *layer.flags, y, int(relu))
+        step = steps_of(tiles_rnn.rnn_forward_tiles, layer, plan, H, args, (H,), acc, precision)
+        scan(step, plan, T)
+    return y, h_n.copy_(hs[T % 2])
+
+
+@whole_stack("rnn_backward")
+def rnn_backward(dy, dh_n, w_hh, y, flags, reverse, relu):
+    layer = layer_of("y", y, w_hh, 1, True, flags, reverse)
+    T, B, S, H, _ = layer[:5]
+    dy = sequence_of(layer, "dy", dy, H, "[T, B, S, H]")
+    dh_n = state_of(layer, "dh_n", dh_n, H, "[S, B, H]")
+    w_hh = weights_of(layer, "w_hh", w_hh, (S, H, H), "[S, H, H]")
+    y = tape_of(layer, "y", y, H, "[T, B, S, H]")
+    dgates, dh0 = layer.empty(T, B, S, H), layer.empty(S, B, H)
+    plan, precision = planned(layer, "rnn", backward=True)
+    if B == 0 or S == 0:
+        return dgates, dh0
+    with on(layer.device):
+        if plan.kind == "block":
+            args = (*dy, dh_n, w_hh, y, *layer.flags, dgates, dh0, int(relu))
+            launch_block(block.rnn_backward_block, layer, plan, args, (), precision)
+            return dgates, dh0
+        dh0.copy_(dh_n)
+        ds, w = halves(layer, None, H), w_hh.mT.contiguous()
+        args = (*dy, w, ds, y, *layer.flags, dgates, dh0, int(relu))
+        step = steps_of(tiles_rnn.rnn_backward_tiles, layer, plan, H, args, (H,), (), precision)
+        scan(step, plan, T + 1)
+    return dgates, dh0
+
+
+def _operand_dtype(a: Tensor, b: Tensor) -> torch.dtype:
+    """What a and b are multiplied in: the 16-bit dtype of either, else their own."""
+    return a.dtype if a.dtype.itemsize <= b.dtype.itemsize else b.dtype
+
+
+def matrix_product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """The waist's matmul."""
+    for name, tensor, axes in (("a", a, "[N, M, K]"), ("b", b, "[N, K, L]")):
+        check(tensor.dim() == 3, f"{name} must have shape {axes}, got {list(tensor.shape)}")
+        check(
+            tensor.dtype in ACC_DTYPE,
+            f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}",
+        )
+    N, M, K = a.shape
+    L = b.shape[2]
+    check_tensor("b", b, (N, K, L), "[N, K, L]", a.device)
+    acc = ACC_DTYPE[a.dtype]
+    check(ACC_DTYPE[b.dtype] == acc, "b must be float64 where a is, and only there")
+    if bias is not None:
+        check_tensor("bias", bias, (N, L), "[N, L]", a.device)
+        check(ACC_DTYPE[bias.dtype] == acc, "bias must be float64 where a is, and only there")
+        bias = bias.contiguous()
+    device = device_model(a.device)
+    out = torch.empty((N, M, L), dtype=acc, device=a.device)
+    if out.numel() == 0:
+        return out
+    io = _operand_dtype(a, b)
+    precision = precision_of(device, a.device.type, io)
+    plan = planning.matmul_plan(device, L, io, precision)
+    chunk = planning.matmul_chunk(K, L)
+    splits = max(1, triton.cdiv(K, chunk))
+    parts = out if splits == 1 else out.new_empty((splits, *out.shape))
+    grid = (triton.cdiv(M, plan.block_m) * triton.cdiv(L, plan.block_l) * N * splits,)
+    with on(a.device):
+        matmul.matmul_tiles[grid](
+            a, *a.stride(), b, *b.stride(), out if bias is None else bias, parts,
+            M, K, L, chunk, splits, M % 16 == 0, K % 16 == 0, bias is not None, TL_DTYPE[io],
+            plan.block_m, plan.block_l, plan.block_k, precision,
+            num_warps=plan.num_warps, num_stages=plan.num_stages,
+        )  # fmt: skip
+        if splits > 1:
+            count = out.numel()
+            matmul.sum_parts[(triton.cdiv(count, 1024),)](parts, out, count, splits, 1024)
+    return out
+
+
+IMPLEMENTATIONS = {
+    "lstm_forward": lstm_forward,
+    "lstm_inference": lstm_inference,
+    "lstm_backward": lstm_backward,
+    "gru_forward": gru_forward,
+    "gru_inference": gru_inference,
+    "gru_backward": gru_backward,
+    "rnn_forward": rnn_forward,
+    "rnn_backward": rnn_backward,
+    "matmul": matrix_product,
+}

@@ -1,0 +1,109 @@
+"""What every kernel here shares: products at a stated precision, and where rows and steps lie.
+
+Tiles are [units, rows]: hidden units along the first axis, so that the weights are the first
+operand of a product (tensor cores want 16 or 64 of those) and the batch, often small, the second.
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+# Bits of flags, as in fused_rnn.reference.
+ENDED = tl.constexpr(1)
+RESET = tl.constexpr(2)
+
+
+@triton.jit
+def to_tf32(x):
+    """float32 rounded to TF32's 10 bits, to nearest; the tensor cores by themselves cut off.
+    Infinities and NaN are left alone."""
+    bits = x.to(tl.uint32, bitcast=True)
+    rounded = ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(x) < float("inf"), rounded, x)
+
+
+@triton.jit
+def _tf32_rest(x, high):
+    """What to_tf32 has rounded away, itself in TF32; nothing where x is infinite."""
+    return tl.where(tl.abs(x) < float("inf"), to_tf32(x - high), 0.0)
+
+
+@triton.jit
+def product(a, b, total, PRECISION: tl.constexpr):
+    """total + a @ b. PRECISION: "tf32" or "tf32x3" for float32 operands, else "ieee".
+
+    tf32x3 splits each operand in two TF32 numbers and leaves out the product of the small parts.
+    Under interpretation 16-bit operands are widened first, because there tl.dot multiplies the raw
+    bits of bfloat16 (seen with Triton 3.7.1); the widening loses nothing.
+    """
+    if INTERPRETED:
+        if a.dtype == tl.bfloat16 or a.dtype == tl.float16:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+    if PRECISION == "ieee":
+        total = tl.dot(a, b, total, input_precision="ieee", out_dtype=total.dtype)
+    else:
+        a_high, b_high = to_tf32(a), to_tf32(b)
+        if PRECISION == "tf32x3":
+            a_low, b_low = _tf32_rest(a, a_high), _tf32_rest(b, b_high)
+            total = tl.dot(a_low, b_high, total, input_precision="tf32")
+            total = tl.dot(a_high, b_low, total, input_precision="tf32")
+        total = tl.dot(a_high, b_high, total, input_precision="tf32")
+    return total
+
+
+@triton.jit
+def is_reversed(s, reverse_bits, reverse_period):
+    """Whether stack entry s runs backwards: bit s modulo the period."""
+    return ((reverse_bits >> (s % reverse_period)) & 1) != 0
+
+
+@triton.jit
+def load_flags(flags, flags_t, flags_b, t, rows, rows_ok, valid):
+    """flags [T, B] at step t for a tile of rows [1, rows]; 0 where not ``valid``, and ENDED beyond
+    the batch, so that rows which are not there do nothing."""
+    at = t.to(tl.int64) * flags_t + rows.to(tl.int64) * flags_b
+    found = tl.load(flags + at, mask=rows_ok & valid, other=0).to(tl.int32)
+    return tl.where(rows_ok, found, ENDED)
+
+
+@triton.jit
+def starts_segment(bits):
+    """Whether a new segment starts at a step; where the row has ended it does not."""
+    return (bits & (ENDED | RESET)) == RESET
+
+
+@triton.jit
+def load(x, row, s, S, width, column, ok, DTYPE: tl.constexpr):
+    """Elements ``column`` of rows [1, rows] of a sequence [.., S, width], widened to DTYPE."""
+    return tl.load(x + (row * S + s) * width + column, mask=ok, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def load3(x, row, s, S, width, H, units, ok, DTYPE: tl.constexpr):
+    """The first three gates of a sequence [.., S, width]."""
+    return (
+        load(x, row, s, S, width, units, ok, DTYPE),
+        load(x, row, s, S, width, H + units, ok, DTYPE),
+        load(x, row, s, S, width, 2 * H + units, ok, DTYPE),
+    )
+
+
+@triton.jit
+def store(x, row, s, S, width, column, value, ok):
+    """Write elements ``column`` of rows [1, rows] of a sequence [.., S, width]."""
+    tl.store(x + (row * S + s) * width + column, value.to(x.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def store3(x, row, s, S, width, H, units, a, b, c, ok):
+    """The first three gates of a sequence [.., S, width]."""
+    store(x, row, s, S, width, units, a, ok)
+    store(x, row, s, S, width, H + units, b, ok)
+    store(x, row, s, S, width, 2 * H + units, c, ok)
+
+
+@triton.jit
+def row_of(t, t_stride, b_stride, rows):
+    """Row [1, rows] of step t in a sequence, in 64 bits."""
+    return t.to(tl.int64) * t_stride + rows.to(tl.int64) * b_stride
