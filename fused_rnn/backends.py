@@ -85,7 +85,9 @@ def _has_gpu() -> bool:
 @functools.lru_cache
 def _triton_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; pip install triton (CUDA and ROCm builds of torch bring it)"
+        return (
+            "triton is not installed; pip install triton (CUDA and ROCm builds of torch bring it)"
+        )
     return None
 
 

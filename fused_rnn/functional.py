@@ -158,7 +158,7 @@ def run_layer(
 
 
 def _sizes(inputs: LayerInputs):
-    """device_index, rows, hidden and proj of a backends.Request, where a GPU's choice needs them."""
+    """device_index, rows, hidden and proj of a backends.Request, for a GPU's choice."""
     if inputs.x.device.type != "cuda" or torch.compiler.is_compiling():
         return ()
     proj = 0 if inputs.w_hr is None else inputs.w_hr.shape[1]

@@ -172,8 +172,18 @@ def block_plan(device: Device, shape: Shape) -> BlockPlan | None:
         return None
     if not _tensor_cores(shape):
         # Products by FMA keep their operands in registers.
-        return BlockPlan(block_h, 16, 4 if block_h == 32 else 8) if block_h <= 64 else None
-    return BlockPlan(block_h, 16, block_h // 16)
+        return BlockPlan(block_h, 16, 8) if block_h == 32 else None
+    # Too little room in registers: 3xTF32, which has every operand twice; odd sizes of float32.
+    if shape.precision == "tf32x3" and block_h > 32:
+        return None
+    if block_h == 128 and shape.H % 16 != 0 and (shape.itemsize == 4 or device.backend == "hip"):
+        return None
+    warps = {32: 4, 64: 8 if device.backend == "cuda" else 4, 128: 8}[block_h]
+    # Eight rows where much else takes registers: a step reads, keeps and writes up to 20 values for
+    # each of its units, and where H is odd each of these has an address of its own. AMD's smallest
+    # matrix instruction has 16 columns.
+    crowded = block_h == 128 or shape.precision == "tf32x3" or shape.H % 16 != 0
+    return BlockPlan(block_h, 8 if crowded and device.backend == "cuda" else 16, warps)
 
 
 # Shared memory of a block scan besides its weights: operands on their way between layouts, and
@@ -189,13 +199,24 @@ def tile_plan(device: Device, shape: Shape, streamed: bool) -> TilePlan | None:
     if shape.dtype == torch.float64:
         return TilePlan(16, 16, 16, 4, 1, streamed)
     if not _tensor_cores(shape):
-        return TilePlan(16, 16, 32, 4, 2, streamed)
+        return TilePlan(16, 16, 32, 8, 2, streamed)
     block_k = 128 // shape.itemsize
     if streamed:
         # One program does all units: large tiles, all warps, to keep many loads in flight.
         return TilePlan(32, 16, block_k, 8, stages, True)
-    # Enough programs for all multiprocessors, each with as few weights to read as possible.
-    return TilePlan(16, 16 if shape.B <= 32 else 32, block_k, 4, stages)
+    # Enough programs for all multiprocessors, each with as few weights to read as possible. Odd
+    # sizes are read element by element and need the registers of twice as many threads.
+    warps = 4 if shape.H % 16 == 0 and shape.proj % 16 == 0 else 8
+    return TilePlan(16, 16 if shape.B <= 32 else 32, block_k, warps, stages)
+
+
+def options(device: Device, plan) -> dict:
+    """Triton's options for a plan. NVIDIA's assembler would rather spill a little than use more
+    registers than 128 or 168; it is told that all may be used."""
+    found = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
+    if device.backend == "cuda":
+        found["maxnreg"] = min(255, 65536 // (32 * plan.num_warps) // 8 * 8)
+    return found
 
 
 @dataclass(frozen=True)

@@ -67,12 +67,15 @@ def layer_of(name: str, sequence: Tensor, w_hh: Tensor, gates: int, square: bool
     check(len(reverse) == S, f"reverse must have S = {S} values, got {len(reverse)}")
     device = w_hh.device
     if flags is None:
-        flags = torch.zeros((1, 1), dtype=torch.uint8, device=device).expand(T, B)
-    check(flags.dtype == torch.uint8, f"flags must be uint8, got {flags.dtype}")
-    check_tensor("flags", flags, (T, B), "[T, B]", device)
+        wide = torch.zeros((1, 1), dtype=torch.int32, device=device).expand(T, B)
+    else:
+        check(flags.dtype == torch.uint8, f"flags must be uint8, got {flags.dtype}")
+        check_tensor("flags", flags, (T, B), "[T, B]", device)
+        # Masks made of bytes would have Triton lay out the operands of products as bytes.
+        wide = flags.to(torch.int32)
     return Layer(
         T, B, S, H, P, w_hh.dtype, ACC_DTYPE[w_hh.dtype], device,
-        (flags, flags.stride(0), flags.stride(1)), _reverse_bits(reverse),
+        (wide, wide.stride(0), wide.stride(1)), _reverse_bits(reverse),
     )  # fmt: skip
 
 
@@ -179,8 +182,20 @@ def state_of(layer: Layer, name: str, tensor: Tensor | None, size: int, axes: st
 
 
 def weights_of(layer: Layer, name: str, tensor: Tensor | None, shape: tuple, axes: str):
+    """Weights, checked; None stays None."""
     if tensor is None:
         return None
     check_tensor(name, tensor, shape, axes, layer.device)
     check(tensor.dtype == layer.io, f"{name} must have the dtype of w_hh, got {tensor.dtype}")
-    return tensor.contiguous()
+    return tensor
+
+
+def padded(size: int) -> int:
+    """A summed axis as kernels take it: rounded up to a multiple of 16."""
+    return -(-size // 16) * 16
+
+
+def pad(weights: Tensor) -> Tensor:
+    """Weights [S, N, K], contiguous, the last axis filled up with zeros to ``padded(K)``."""
+    extra = padded(weights.shape[2]) - weights.shape[2]
+    return torch.nn.functional.pad(weights, (0, extra)) if extra else weights.contiguous()

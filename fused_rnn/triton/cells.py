@@ -17,7 +17,7 @@ def sigmoid(x):
 
 @triton.jit
 def _tanh_small(z):
-    """tanh(x) / x - 1 over x^2 for |x| < 0.625 as a function of z = x^2 (Cephes tanhf.c, tanh.c)."""
+    """(tanh(x) / x - 1) / z for |x| < 0.625 as a function of z = x^2 (Cephes tanhf.c, tanh.c)."""
     if z.dtype == tl.float64:
         p = (
             -9.64399179425052238628e-1 * z - 9.92877231001918586564e1

@@ -1,4 +1,4 @@
-"""Launching: which kernel and which tiles a call gets, one launch or one a step, on which device."""
+"""Launching: which kernel and tiles a call gets, one launch or one a step, on which device."""
 
 import contextlib
 import functools
@@ -12,7 +12,7 @@ from fused_rnn import plan as planning
 from fused_rnn.plan import Shape
 from fused_rnn.precision import current_fp32_precision
 from fused_rnn.triton import primitives
-from fused_rnn.triton.arguments import Layer, check
+from fused_rnn.triton.arguments import Layer, check, padded
 
 TL_DTYPE = {
     torch.float32: tl.float32,
@@ -45,24 +45,6 @@ def precision_of(device: planning.Device, kind: str, dtype: torch.dtype) -> str:
     return wanted if device.has_tf32 else "ieee"
 
 
-def planned(layer: Layer, cell: str, proj: bool = False, reset_after=True, backward=False):
-    """(plan, precision) of a call."""
-    device = device_model(layer.device)
-    precision = precision_of(device, layer.device.type, layer.io)
-    shape = Shape(
-        cell,
-        layer.S,
-        layer.B,
-        layer.H,
-        layer.io,
-        layer.P if proj else 0,
-        reset_after,
-        precision,
-        backward,
-    )
-    return planning.choose(device, shape), precision
-
-
 def on(device: torch.device):
     """The context in which kernels go to a tensor's device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
@@ -90,51 +72,66 @@ class Steps:
             self.compiled(*self.args)
 
 
-def launch_block(
-    kernel, layer: Layer, plan: planning.BlockPlan, args: tuple, constants: tuple, precision: str
-):
-    """One launch of a block scan."""
-    grid = (layer.S * triton.cdiv(layer.B, plan.block_b),)
-    constants = (*constants, plan.block_h, plan.block_b, precision)
-    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
-    kernel[grid](*args, *layer.reverse, layer.T, layer.B, layer.S, layer.H, *constants, **options)
+class Call:
+    """One call of an operator: its layer, and the plan and precision it runs with."""
+
+    def __init__(self, layer: Layer, cell: str, *, proj=False, reset_after=True, backward=False):
+        device = self.device = device_model(layer.device)
+        self.layer = layer
+        self.precision = precision_of(device, layer.device.type, layer.io)
+        shape = Shape(
+            *(cell, layer.S, layer.B, layer.H, layer.io, layer.P if proj else 0),
+            *(reset_after, self.precision, backward),
+        )
+        self.plan = planning.choose(device, shape)
+        self.is_block = self.plan.kind == "block"
+
+    def block(self, kernel, args: tuple, constants: tuple = ()) -> None:
+        """Launch a block scan, which is the whole call."""
+        layer, plan = self.layer, self.plan
+        grid = (layer.S * triton.cdiv(layer.B, plan.block_b),)
+        sizes = (layer.T, layer.B, layer.S, layer.H, padded(layer.H))
+        constants = (*constants, plan.block_h, plan.block_b, self.precision)
+        options = planning.options(self.device, plan)
+        kernel[grid](*args, *layer.reverse, *sizes, *constants, **options)
+
+    def steps(
+        self, kernel, units: int, args: tuple, sizes: tuple, constants=(), loops=True
+    ) -> Steps:
+        """The launcher of a tile kernel over ``units``, for one step at a time. ``loops``: the
+        kernel can run several steps."""
+        layer, plan = self.layer, self.plan
+        grid = (layer.S * triton.cdiv(layer.B, plan.block_b), triton.cdiv(units, plan.block_u))
+        before = (*args, *layer.reverse)
+        args = (*before, *((0, 1) if loops else (0,)), layer.T, layer.B, layer.S, *sizes)
+        constants = (*constants, plan.block_u, plan.block_b, plan.block_k, self.precision)
+        options = planning.options(self.device, plan)
+        return Steps(kernel, grid, args, constants, len(before), options)
+
+    def scan(self, steps: Steps, count: int) -> None:
+        """All steps of a kernel that loops: in one launch where the plan streams, else in one
+        each."""
+        if self.plan.streamed:
+            steps.grid = (steps.grid[0], 1)
+            steps.args[steps.step_at + 1] = count
+            steps(0)
+        else:
+            for step in range(count):
+                steps(step)
 
 
-def steps_of(
-    kernel,
-    layer: Layer,
-    plan,
-    units: int,
-    args: tuple,
-    sizes: tuple,
-    constants: tuple,
-    precision: str,
-    counted: bool = True,
-) -> Steps:
-    """The launcher of a tile kernel over ``units`` for one step at a time."""
-    grid = (layer.S * triton.cdiv(layer.B, plan.block_b), triton.cdiv(units, plan.block_u))
-    span = (0, 1) if counted else (0,)
-    before = (*args, *layer.reverse)
-    args = (*before, *span, layer.T, layer.B, layer.S, *sizes)
-    constants = (*constants, plan.block_u, plan.block_b, plan.block_k, precision)
-    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
-    return Steps(kernel, grid, args, constants, len(before), options)
-
-
-def scan(steps: Steps, plan, count: int) -> None:
-    """All steps by a tile kernel: in one launch where the plan streams, else in one each."""
-    if plan.streamed:
-        steps.grid = (steps.grid[0], 1)
-        steps.args[steps.step_at + 1] = count
-        steps(0)
-    else:
-        for step in range(count):
-            steps(step)
+def operand(layer: Layer, size: int) -> Tensor:
+    """[S, B, padded(size)] in io, for what one launch leaves and another multiplies; the padding is
+    zero and stays so."""
+    shape = (layer.S, layer.B, padded(size))
+    return torch.zeros(shape, dtype=layer.io, device=layer.device)
 
 
 def halves(layer: Layer, first: Tensor | None, size: int) -> Tensor:
-    """[2, S, B, size] in io: what one step reads and the other half, which it writes."""
-    both = layer.empty(2, layer.S, layer.B, size, dtype=layer.io)
+    """Two of ``operand``: [2, S, B, padded(size)], what one step reads and the other half, which it
+    writes. The first half starts as ``first``."""
+    shape = (2, layer.S, layer.B, padded(size))
+    both = torch.zeros(shape, dtype=layer.io, device=layer.device)
     if first is not None:
-        both[0].copy_(first)
+        both[0, ..., :size].copy_(first)
     return both

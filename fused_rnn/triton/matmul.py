@@ -28,8 +28,8 @@ def matmul_tiles(
     tiles_m, tiles_l = tl.cdiv(M, BLOCK_M), tl.cdiv(L, BLOCK_L)
     pid = tl.program_id(0)
     tile = pid % (tiles_m * tiles_l)
-    part = (pid // (tiles_m * tiles_l)).to(tl.int64)
-    n, split = part // splits, part % splits
+    part = pid // (tiles_m * tiles_l)
+    n, split = (part // splits).to(tl.int64), (part % splits).to(tl.int64)
     # Eight rows of tiles at a time, so that neighbours share operands in the cache.
     group = tile // (8 * tiles_l)
     height = tl.minimum(tiles_m - group * 8, 8)

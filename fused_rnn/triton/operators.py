@@ -11,6 +11,8 @@ from fused_rnn.triton.arguments import (
     check,
     check_tensor,
     layer_of,
+    pad,
+    padded,
     sequence_of,
     state_of,
     tape_of,
@@ -19,14 +21,12 @@ from fused_rnn.triton.arguments import (
 )
 from fused_rnn.triton.launch import (
     TL_DTYPE,
+    Call,
     device_model,
     halves,
-    launch_block,
     on,
-    planned,
+    operand,
     precision_of,
-    scan,
-    steps_of,
 )
 
 
@@ -35,50 +35,44 @@ def _lstm(gates_x, w_hh, w_hr, h0, c0, flags, reverse, keep_cells, keep_gates):
     layer = layer_of("gates_x", gates_x, w_hh, 4, w_hr is None, flags, reverse)
     T, B, S, H, P = layer[:5]
     x = sequence_of(layer, "gates_x", gates_x, 4 * H, "[T, B, S, 4H]")
-    w_hh = weights_of(layer, "w_hh", w_hh, (S, 4 * H, P), "[S, 4H, P]")
-    w_hr = weights_of(layer, "w_hr", w_hr, (S, P, H), "[S, P, H]")
+    weights_of(layer, "w_hh", w_hh, (S, 4 * H, P), "[S, 4H, P]")
+    weights_of(layer, "w_hr", w_hr, (S, P, H), "[S, P, H]")
     h0 = state_of(layer, "h0", h0, P, "[S, B, P]")
     c0 = state_of(layer, "c0", c0, H, "[S, B, H]")
-    y = layer.empty(T, B, S, P, dtype=layer.io)
+    y, h_n = layer.empty(T, B, S, P, dtype=layer.io), layer.empty(S, B, P, dtype=layer.io)
+    c_n = layer.empty(S, B, H)
     cells = layer.empty(T if keep_cells else 0, B, S, H)
     gates = layer.empty(T, B, S, 4 * H if keep_gates else 0)
-    keep = (int(keep_cells), int(keep_gates))
-    plan, precision = planned(layer, "lstm", proj=w_hr is not None)
+    outputs = y, h_n, c_n, cells, gates
+    call = Call(layer, "lstm", proj=w_hr is not None)
     if B == 0 or S == 0:
-        return y, layer.empty(S, B, P, dtype=layer.io), layer.empty(S, B, H), cells, gates
+        return outputs
+    # A tensor that is not kept is not written, but has to be there.
+    tape = (cells if keep_cells else c_n, gates if keep_gates else c_n)
+    keep = (int(keep_cells), int(keep_gates))
     with on(layer.device):
-        if plan.kind == "block":
-            h_n, c_n = layer.empty(S, B, P, dtype=layer.io), layer.empty(S, B, H)
-            kept = (cells if keep_cells else c_n, gates if keep_gates else c_n)
-            args = (*x, w_hh, h0, c0, *layer.flags, y, h_n, c_n, *kept, *keep)
-            launch_block(block.lstm_forward_block, layer, plan, args, (), precision)
-            return y, h_n, c_n, cells, gates
-        hs, c_n = halves(layer, h0, P), layer.empty(S, B, H).copy_(c0)
-        kept = (cells if keep_cells else c_n, gates if keep_gates else c_n)
-        m = layer.empty(S, B, H, dtype=layer.io) if w_hr is not None else y
-        args = (*x, w_hh, hs, c_n, *layer.flags, y, *kept, m, *keep)
-        step = steps_of(
-            tiles_lstm.lstm_forward_tiles,
-            layer,
-            plan,
-            H,
-            args,
-            (H, P),
-            (w_hr is not None,),
-            precision,
-        )
+        if call.is_block:
+            args = (*x, pad(w_hh), h0, c0, *layer.flags, y, h_n, c_n, *tape, *keep)
+            call.block(block.lstm_forward_block, args)
+            return outputs
+        hs = halves(layer, h0, P)
+        c_n.copy_(c0)
+        m = hs if w_hr is None else operand(layer, H)
+        args = (*x, pad(w_hh), hs, c_n, *layer.flags, y, *tape, m, *keep)
+        sizes = (H, padded(P), padded(H))
+        step = call.steps(tiles_lstm.lstm_forward_tiles, H, args, sizes, (w_hr is not None,))
         if w_hr is None:
-            scan(step, plan, T)
+            call.scan(step, T)
         else:
-            args = (w_hr, m, hs, *layer.flags, y)
-            project = steps_of(
-                tiles_lstm.lstm_project_tiles, layer, plan, P, args, (H, P), (TL_DTYPE[layer.acc],),
-                precision, counted=False,
-            )  # fmt: skip
+            args = (pad(w_hr), m, hs, *layer.flags, y)
+            sizes = (P, padded(H), padded(P))
+            acc = (TL_DTYPE[layer.acc],)
+            project = call.steps(tiles_lstm.lstm_project_tiles, P, args, sizes, acc, loops=False)
             for p in range(T):
                 step(p)
                 project(p)
-    return y, hs[T % 2].clone(), c_n, cells, gates
+        h_n.copy_(hs[T % 2, ..., :P])
+    return outputs
 
 
 @whole_stack("lstm_forward")
@@ -99,59 +93,42 @@ def lstm_backward(dy, dh_n, dc_n, dcells, w_hh, w_hr, c0, cells, gates, flags, r
     dh_n = state_of(layer, "dh_n", dh_n, P, "[S, B, P]")
     dc_n = state_of(layer, "dc_n", dc_n, H, "[S, B, H]")
     dcells = sequence_of(layer, "dcells", dcells, H, "[T, B, S, H]")
-    w_hh = weights_of(layer, "w_hh", w_hh, (S, 4 * H, P), "[S, 4H, P]")
-    w_hr = weights_of(layer, "w_hr", w_hr, (S, P, H), "[S, P, H]")
+    weights_of(layer, "w_hh", w_hh, (S, 4 * H, P), "[S, 4H, P]")
+    weights_of(layer, "w_hr", w_hr, (S, P, H), "[S, P, H]")
     c0 = state_of(layer, "c0", c0, H, "[S, B, H]")
     cells = tape_of(layer, "cells", cells, H, "[T, B, S, H]")
     gates = tape_of(layer, "gates", gates, 4 * H, "[T, B, S, 4H]")
     projected = w_hr is not None
     dgates, dh_all = layer.empty(T, B, S, 4 * H), layer.empty(T, B, S, P if projected else 0)
     dh0, dc0 = layer.empty(S, B, P), layer.empty(S, B, H)
-    plan, precision = planned(layer, "lstm", proj=projected, backward=True)
+    outputs = dgates, dh0, dc0, dh_all
+    call = Call(layer, "lstm", proj=projected, backward=True)
     if B == 0 or S == 0:
-        return dgates, dh0, dc0, dh_all
+        return outputs
+    tape = (c0, cells, gates, *layer.flags)
     with on(layer.device):
-        if plan.kind == "block":
-            args = (
-                *dy,
-                dh_n,
-                dc_n,
-                *dcells,
-                w_hh,
-                c0,
-                cells,
-                gates,
-                *layer.flags,
-                dgates,
-                dh0,
-                dc0,
-            )
-            launch_block(block.lstm_backward_block, layer, plan, args, (), precision)
-            return dgates, dh0, dc0, dh_all
+        if call.is_block:
+            args = (*dy, dh_n, dc_n, *dcells, pad(w_hh), *tape, dgates, dh0, dc0)
+            call.block(block.lstm_backward_block, args)
+            return outputs
         dh0.copy_(dh_n)
         dc0.copy_(dc_n)
-        ds = halves(layer, None, 4 * H)
-        w = w_hh.mT.contiguous()
-        operand = layer.empty(S, B, P, dtype=layer.io) if projected else ds
-        args = (
-            *dy, *dcells, w_hr.mT.contiguous() if projected else w, ds, c0, cells, gates,
-            *layer.flags, dgates, dh0, operand, dc0,
-        )  # fmt: skip
-        step = steps_of(
-            tiles_lstm.lstm_backward_tiles, layer, plan, H, args, (H, P), (projected,), precision
-        )
+        ds, w = halves(layer, None, 4 * H), pad(w_hh.mT)
+        dh = operand(layer, P) if projected else ds
+        args = (*dy, *dcells, pad(w_hr.mT) if projected else w, ds, *tape, dgates, dh0, dh, dc0)
+        sizes = (H, padded(P), padded(4 * H))
+        step = call.steps(tiles_lstm.lstm_backward_tiles, H, args, sizes, (projected,))
         if not projected:
-            scan(step, plan, T + 1)
-            return dgates, dh0, dc0, dh_all
-        args = (*dy, w, ds, *layer.flags, dh_all, dh0, operand)
-        unproject = steps_of(
-            tiles_lstm.lstm_backward_project_tiles, layer, plan, P, args, (H, P), (), precision,
-            counted=False,
-        )  # fmt: skip
+            call.scan(step, T + 1)
+            return outputs
+        args = (*dy, w, ds, *layer.flags, dh_all, dh0, dh)
+        sizes = (P, padded(P), padded(4 * H))
+        kernel = tiles_lstm.lstm_backward_project_tiles
+        unproject = call.steps(kernel, P, args, sizes, loops=False)
         for q in range(T + 1):
             unproject(q)
             step(q)
-    return dgates, dh0, dc0, dh_all
+    return outputs
 
 
 def _gru(gates_x, w_hh, b_hn, h0, flags, reverse, reset_after, keep_gates):
@@ -160,48 +137,45 @@ def _gru(gates_x, w_hh, b_hn, h0, flags, reverse, reset_after, keep_gates):
     T, B, S, H, _ = layer[:5]
     check(reset_after or b_hn is None, "b_hn must be None with reset_after=False")
     x = sequence_of(layer, "gates_x", gates_x, 3 * H, "[T, B, S, 3H]")
-    w_hh = weights_of(layer, "w_hh", w_hh, (S, 3 * H, H), "[S, 3H, H]")
-    b_hn = weights_of(layer, "b_hn", b_hn, (S, H), "[S, H]")
+    weights_of(layer, "w_hh", w_hh, (S, 3 * H, H), "[S, 3H, H]")
+    weights_of(layer, "b_hn", b_hn, (S, H), "[S, H]")
     h0 = state_of(layer, "h0", h0, H, "[S, B, H]")
-    y = layer.empty(T, B, S, H, dtype=layer.io)
+    y, h_n = layer.empty(T, B, S, H, dtype=layer.io), layer.empty(S, B, H, dtype=layer.io)
     gates = layer.empty(T, B, S, (4 if reset_after else 3) * H if keep_gates else 0)
-    keep = int(keep_gates)
-    plan, precision = planned(layer, "gru", reset_after=reset_after)
-    h_n = layer.empty(S, B, H, dtype=layer.io)
+    outputs = y, h_n, gates
+    call = Call(layer, "gru", reset_after=reset_after)
     if B == 0 or S == 0:
-        return y, h_n, gates
-    bias = (b_hn if b_hn is not None else w_hh, b_hn is not None)
+        return outputs
+    has_bias = b_hn is not None
+    w_hh = pad(w_hh)
+    b_hn = b_hn.contiguous() if has_bias else w_hh
     with on(layer.device):
         state = layer.empty(S, B, H)
-        kept = gates if keep else state
-        if plan.kind == "block":
-            args = (*x, w_hh, bias[0], h0, *layer.flags, y, h_n, kept, keep)
-            constants = (TL_DTYPE[layer.acc], bias[1], reset_after)
-            launch_block(block.gru_forward_block, layer, plan, args, constants, precision)
-            return y, h_n, gates
-        hs, state = halves(layer, h0, H), state.copy_(h0)
+        tape, keep = gates if keep_gates else state, int(keep_gates)
+        if call.is_block:
+            args = (*x, w_hh, b_hn, h0, *layer.flags, y, h_n, tape, keep)
+            constants = (TL_DTYPE[layer.acc], has_bias, reset_after)
+            call.block(block.gru_forward_block, args, constants)
+            return outputs
+        hs = halves(layer, h0, H)
+        state.copy_(h0)
+        sizes = (H, padded(H))
         if reset_after:
-            args = (*x, w_hh, bias[0], hs, state, *layer.flags, y, kept, keep)
-            step = steps_of(
-                tiles_gru.gru_forward_tiles, layer, plan, H, args, (H,), (bias[1],), precision
-            )
-            scan(step, plan, T)
+            args = (*x, w_hh, b_hn, hs, state, *layer.flags, y, tape, keep)
+            step = call.steps(tiles_gru.gru_forward_tiles, H, args, sizes, (has_bias,))
+            call.scan(step, T)
         else:
-            rh, z = layer.empty(S, B, H, dtype=layer.io), layer.empty(S, B, H)
+            rh, z = operand(layer, H), layer.empty(S, B, H)
             common = (*x, w_hh, hs, state, *layer.flags)
-            rest = (layer, plan, H)
-            first = steps_of(
-                tiles_gru.gru_before_gates_tiles, *rest, (*common, kept, rh, z, keep), (H,), (),
-                precision, counted=False,
-            )  # fmt: skip
-            second = steps_of(
-                tiles_gru.gru_before_candidate_tiles, *rest, (*common, y, kept, rh, z, keep), (H,),
-                (), precision, counted=False,
-            )  # fmt: skip
+            args = (*common, tape, rh, z, keep)
+            first = call.steps(tiles_gru.gru_before_gates_tiles, H, args, sizes, loops=False)
+            args = (*common, y, tape, rh, z, keep)
+            second = call.steps(tiles_gru.gru_before_candidate_tiles, H, args, sizes, loops=False)
             for p in range(T):
                 first(p)
                 second(p)
-    return y, h_n.copy_(state), gates
+        h_n.copy_(state)
+    return outputs
 
 
 @whole_stack("gru_forward")
@@ -220,47 +194,45 @@ def gru_backward(dy, dh_n, w_hh, h0, y, gates, flags, reverse, reset_after):
     T, B, S, H, _ = layer[:5]
     dy = sequence_of(layer, "dy", dy, H, "[T, B, S, H]")
     dh_n = state_of(layer, "dh_n", dh_n, H, "[S, B, H]")
-    w_hh = weights_of(layer, "w_hh", w_hh, (S, 3 * H, H), "[S, 3H, H]")
+    weights_of(layer, "w_hh", w_hh, (S, 3 * H, H), "[S, 3H, H]")
     h0 = state_of(layer, "h0", h0, H, "[S, B, H]")
     y = tape_of(layer, "y", y, H, "[T, B, S, H]")
     kept, axes = (4, "[T, B, S, 4H]") if reset_after else (3, "[T, B, S, 3H]")
     gates = tape_of(layer, "gates", gates, kept * H, axes)
     dgates, dgates_hn = layer.empty(T, B, S, 3 * H), layer.empty(T, B, S, H if reset_after else 0)
     dh0 = layer.empty(S, B, H)
-    plan, precision = planned(layer, "gru", reset_after=reset_after, backward=True)
+    outputs = dgates, dgates_hn, dh0
+    call = Call(layer, "gru", reset_after=reset_after, backward=True)
     if B == 0 or S == 0:
-        return dgates, dgates_hn, dh0
-    hn = dgates_hn if reset_after else dgates
+        return outputs
+    tape = (h0, y, gates, *layer.flags)
     with on(layer.device):
-        if plan.kind == "block":
-            args = (*dy, dh_n, w_hh, h0, y, gates, *layer.flags, dgates, hn, dh0)
-            launch_block(block.gru_backward_block, layer, plan, args, (reset_after,), precision)
-            return dgates, dgates_hn, dh0
+        if call.is_block:
+            hn = dgates_hn if reset_after else dgates  # not written, but has to be there
+            args = (*dy, dh_n, pad(w_hh), *tape, dgates, hn, dh0)
+            call.block(block.gru_backward_block, args, (reset_after,))
+            return outputs
         dh0.copy_(dh_n)
         if reset_after:
             ds = halves(layer, None, 3 * H)
-            w = w_hh.mT.contiguous()
-            args = (*dy, w, ds, h0, y, gates, *layer.flags, dgates, hn, dh0)
-            step = steps_of(tiles_gru.gru_backward_tiles, layer, plan, H, args, (H,), (), precision)
-            scan(step, plan, T + 1)
-            return dgates, dgates_hn, dh0
-        ds, dn = halves(layer, None, 2 * H), layer.empty(S, B, H, dtype=layer.io)
-        w_rz, w_n = w_hh[:, : 2 * H].mT.contiguous(), w_hh[:, 2 * H :].mT.contiguous()
-        args = (*dy, w_rz, ds, h0, y, gates, *layer.flags, dgates, dn, dh0)
-        first = steps_of(
-            tiles_gru.gru_before_backward_candidate_tiles, layer, plan, H, args, (H,), (), precision,
-            counted=False,
-        )  # fmt: skip
-        args = (w_n, ds, dn, h0, y, gates, *layer.flags, dgates, dh0)
-        second = steps_of(
-            tiles_gru.gru_before_backward_reset_tiles, layer, plan, H, args, (H,), (), precision,
-            counted=False,
-        )  # fmt: skip
+            args = (*dy, pad(w_hh.mT), ds, *tape, dgates, dgates_hn, dh0)
+            step = call.steps(tiles_gru.gru_backward_tiles, H, args, (H, padded(3 * H)))
+            call.scan(step, T + 1)
+            return outputs
+        ds, dn = halves(layer, None, 2 * H), operand(layer, H)
+        w_rz, w_n = pad(w_hh[:, : 2 * H].mT), pad(w_hh[:, 2 * H :].mT)
+        sizes = (H, padded(2 * H), padded(H))
+        args = (*dy, w_rz, ds, *tape, dgates, dn, dh0)
+        kernel = tiles_gru.gru_before_backward_candidate_tiles
+        first = call.steps(kernel, H, args, sizes, loops=False)
+        args = (w_n, ds, dn, *tape, dgates, dh0)
+        kernel = tiles_gru.gru_before_backward_reset_tiles
+        second = call.steps(kernel, H, args, sizes, loops=False)
         for q in range(T):
             first(q)
             second(q)
         first(T)
-    return dgates, dgates_hn, dh0
+    return outputs
 
 
 @whole_stack("rnn_forward")
@@ -268,23 +240,24 @@ def rnn_forward(gates_x, w_hh, h0, flags, reverse, relu):
     layer = layer_of("gates_x", gates_x, w_hh, 1, True, flags, reverse)
     T, B, S, H, _ = layer[:5]
     x = sequence_of(layer, "gates_x", gates_x, H, "[T, B, S, H]")
-    w_hh = weights_of(layer, "w_hh", w_hh, (S, H, H), "[S, H, H]")
+    weights_of(layer, "w_hh", w_hh, (S, H, H), "[S, H, H]")
     h0 = state_of(layer, "h0", h0, H, "[S, B, H]")
     y, h_n = layer.empty(T, B, S, H, dtype=layer.io), layer.empty(S, B, H, dtype=layer.io)
-    plan, precision = planned(layer, "rnn")
+    call = Call(layer, "rnn")
     if B == 0 or S == 0:
         return y, h_n
     acc = (TL_DTYPE[layer.acc],)
     with on(layer.device):
-        if plan.kind == "block":
-            args = (*x, w_hh, h0, *layer.flags, y, h_n, int(relu))
-            launch_block(block.rnn_forward_block, layer, plan, args, acc, precision)
+        if call.is_block:
+            args = (*x, pad(w_hh), h0, *layer.flags, y, h_n, int(relu))
+            call.block(block.rnn_forward_block, args, acc)
             return y, h_n
         hs = halves(layer, h0, H)
-        args = (*x, w_hh, hs, *layer.flags, y, int(relu))
-        step = steps_of(tiles_rnn.rnn_forward_tiles, layer, plan, H, args, (H,), acc, precision)
-        scan(step, plan, T)
-    return y, h_n.copy_(hs[T % 2])
+        args = (*x, pad(w_hh), hs, *layer.flags, y, int(relu))
+        step = call.steps(tiles_rnn.rnn_forward_tiles, H, args, (H, padded(H)), acc)
+        call.scan(step, T)
+        h_n.copy_(hs[T % 2, ..., :H])
+    return y, h_n
 
 
 @whole_stack("rnn_backward")
@@ -293,22 +266,22 @@ def rnn_backward(dy, dh_n, w_hh, y, flags, reverse, relu):
     T, B, S, H, _ = layer[:5]
     dy = sequence_of(layer, "dy", dy, H, "[T, B, S, H]")
     dh_n = state_of(layer, "dh_n", dh_n, H, "[S, B, H]")
-    w_hh = weights_of(layer, "w_hh", w_hh, (S, H, H), "[S, H, H]")
+    weights_of(layer, "w_hh", w_hh, (S, H, H), "[S, H, H]")
     y = tape_of(layer, "y", y, H, "[T, B, S, H]")
     dgates, dh0 = layer.empty(T, B, S, H), layer.empty(S, B, H)
-    plan, precision = planned(layer, "rnn", backward=True)
+    call = Call(layer, "rnn", backward=True)
     if B == 0 or S == 0:
         return dgates, dh0
     with on(layer.device):
-        if plan.kind == "block":
-            args = (*dy, dh_n, w_hh, y, *layer.flags, dgates, dh0, int(relu))
-            launch_block(block.rnn_backward_block, layer, plan, args, (), precision)
+        if call.is_block:
+            args = (*dy, dh_n, pad(w_hh), y, *layer.flags, dgates, dh0, int(relu))
+            call.block(block.rnn_backward_block, args)
             return dgates, dh0
         dh0.copy_(dh_n)
-        ds, w = halves(layer, None, H), w_hh.mT.contiguous()
-        args = (*dy, w, ds, y, *layer.flags, dgates, dh0, int(relu))
-        step = steps_of(tiles_rnn.rnn_backward_tiles, layer, plan, H, args, (H,), (), precision)
-        scan(step, plan, T + 1)
+        ds = halves(layer, None, H)
+        args = (*dy, pad(w_hh.mT), ds, y, *layer.flags, dgates, dh0, int(relu))
+        step = call.steps(tiles_rnn.rnn_backward_tiles, H, args, (H, padded(H)))
+        call.scan(step, T + 1)
     return dgates, dh0
 
 
@@ -332,6 +305,7 @@ def matrix_product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     check(ACC_DTYPE[b.dtype] == acc, "b must be float64 where a is, and only there")
     if bias is not None:
         check_tensor("bias", bias, (N, L), "[N, L]", a.device)
+        check(bias.dtype in ACC_DTYPE, f"bias must be a floating dtype, got {bias.dtype}")
         check(ACC_DTYPE[bias.dtype] == acc, "bias must be float64 where a is, and only there")
         bias = bias.contiguous()
     device = device_model(a.device)
@@ -344,17 +318,16 @@ def matrix_product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     chunk = planning.matmul_chunk(K, L)
     splits = max(1, triton.cdiv(K, chunk))
     parts = out if splits == 1 else out.new_empty((splits, *out.shape))
-    grid = (triton.cdiv(M, plan.block_m) * triton.cdiv(L, plan.block_l) * N * splits,)
+    tiles = triton.cdiv(M, plan.block_m) * triton.cdiv(L, plan.block_l)
+    sizes = (M, K, L, chunk, splits, M % 16 == 0, K % 16 == 0, bias is not None, TL_DTYPE[io])
+    blocks = (plan.block_m, plan.block_l, plan.block_k, precision)
+    options = planning.options(device, plan)
+    operands = (a, *a.stride(), b, *b.stride(), out if bias is None else bias, parts)
     with on(a.device):
-        matmul.matmul_tiles[grid](
-            a, *a.stride(), b, *b.stride(), out if bias is None else bias, parts,
-            M, K, L, chunk, splits, M % 16 == 0, K % 16 == 0, bias is not None, TL_DTYPE[io],
-            plan.block_m, plan.block_l, plan.block_k, precision,
-            num_warps=plan.num_warps, num_stages=plan.num_stages,
-        )  # fmt: skip
+        matmul.matmul_tiles[(tiles * N * splits,)](*operands, *sizes, *blocks, **options)
         if splits > 1:
-            count = out.numel()
-            matmul.sum_parts[(triton.cdiv(count, 1024),)](parts, out, count, splits, 1024)
+            grid = (triton.cdiv(out.numel(), 1024),)
+            matmul.sum_parts[grid](parts, out, out.numel(), splits, 1024)
     return out
 
 

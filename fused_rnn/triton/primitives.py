@@ -54,8 +54,9 @@ def product(a, b, total, PRECISION: tl.constexpr):
 
 @triton.jit
 def is_reversed(s, reverse_bits, reverse_period):
-    """Whether stack entry s runs backwards: bit s modulo the period."""
-    return ((reverse_bits >> (s % reverse_period)) & 1) != 0
+    """Whether stack entry s runs backwards: bit s modulo the period. (The remainder is taken in 32
+    bits; one of 64 is a function call on a GPU, for which registers are spilled.)"""
+    return ((reverse_bits >> (s.to(tl.int32) % reverse_period)) & 1) != 0
 
 
 @triton.jit
@@ -63,7 +64,7 @@ def load_flags(flags, flags_t, flags_b, t, rows, rows_ok, valid):
     """flags [T, B] at step t for a tile of rows [1, rows]; 0 where not ``valid``, and ENDED beyond
     the batch, so that rows which are not there do nothing."""
     at = t.to(tl.int64) * flags_t + rows.to(tl.int64) * flags_b
-    found = tl.load(flags + at, mask=rows_ok & valid, other=0).to(tl.int32)
+    found = tl.load(flags + at, mask=rows_ok & valid, other=0)
     return tl.where(rows_ok, found, ENDED)
 
 
@@ -74,36 +75,43 @@ def starts_segment(bits):
 
 
 @triton.jit
-def load(x, row, s, S, width, column, ok, DTYPE: tl.constexpr):
-    """Elements ``column`` of rows [1, rows] of a sequence [.., S, width], widened to DTYPE."""
-    return tl.load(x + (row * S + s) * width + column, mask=ok, other=0.0).to(DTYPE)
+def lanes(r, b_stride, S, width):
+    """Offsets [1, rows] of a tile's rows in a sequence, from its first row. They fit 32 bits: the
+    launcher sees to it. One 64-bit address a tile and offsets of 32 save half the registers."""
+    return r * (b_stride * S * width)
 
 
 @triton.jit
-def load3(x, row, s, S, width, H, units, ok, DTYPE: tl.constexpr):
+def row_of(t, t_stride, b_stride, first_row):
+    """The row of step t and of a tile's first row in a sequence, in 64 bits."""
+    return t.to(tl.int64) * t_stride + first_row * b_stride
+
+
+@triton.jit
+def load(x, row, s, S, width, at, ok, DTYPE: tl.constexpr):
+    """Elements ``at`` [units, rows], counted from a row, of a sequence [.., S, width], in DTYPE."""
+    return tl.load(x + (row * S + s) * width + at, mask=ok, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def load3(x, row, s, S, width, H, at, ok, DTYPE: tl.constexpr):
     """The first three gates of a sequence [.., S, width]."""
     return (
-        load(x, row, s, S, width, units, ok, DTYPE),
-        load(x, row, s, S, width, H + units, ok, DTYPE),
-        load(x, row, s, S, width, 2 * H + units, ok, DTYPE),
+        load(x, row, s, S, width, at, ok, DTYPE),
+        load(x, row, s, S, width, H + at, ok, DTYPE),
+        load(x, row, s, S, width, 2 * H + at, ok, DTYPE),
     )
 
 
 @triton.jit
-def store(x, row, s, S, width, column, value, ok):
-    """Write elements ``column`` of rows [1, rows] of a sequence [.., S, width]."""
-    tl.store(x + (row * S + s) * width + column, value.to(x.dtype.element_ty), mask=ok)
+def store(x, row, s, S, width, at, value, ok):
+    """Write elements ``at`` [units, rows], counted from a row, of a sequence [.., S, width]."""
+    tl.store(x + (row * S + s) * width + at, value.to(x.dtype.element_ty), mask=ok)
 
 
 @triton.jit
-def store3(x, row, s, S, width, H, units, a, b, c, ok):
+def store3(x, row, s, S, width, H, at, a, b, c, ok):
     """The first three gates of a sequence [.., S, width]."""
-    store(x, row, s, S, width, units, a, ok)
-    store(x, row, s, S, width, H + units, b, ok)
-    store(x, row, s, S, width, 2 * H + units, c, ok)
-
-
-@triton.jit
-def row_of(t, t_stride, b_stride, rows):
-    """Row [1, rows] of step t in a sequence, in 64 bits."""
-    return t.to(tl.int64) * t_stride + rows.to(tl.int64) * b_stride
+    store(x, row, s, S, width, at, a, ok)
+    store(x, row, s, S, width, H + at, b, ok)
+    store(x, row, s, S, width, 2 * H + at, c, ok)

@@ -7,7 +7,9 @@ blocks of units, reading the weights anew each step, and a barrier ends the step
 hands to the next lies in memory, twice where programs read what others write.
 
 The operand of a recurrent product is kept in the dtype of the weights; state that enters sums is
-kept in float32 (float64) besides. Weights have the summed axis last, so that one loop serves all.
+kept in float32 (float64) besides. Weights have the summed axis last, so that one loop serves all,
+and that axis, of weights and operands alike, is padded with zeros to K (or D), a multiple of 16, so
+that they are read in wide pieces whatever the sizes are.
 """
 
 import triton
@@ -25,11 +27,12 @@ UNSPECIALIZED = [
 
 @triton.jit
 def place(B, BLOCK_B: tl.constexpr):
-    """Stack entry, rows [1, BLOCK_B], and which rows exist."""
+    """Stack entry, the tile's first row, its rows [1, BLOCK_B], and which exist."""
     tiles = tl.cdiv(B, BLOCK_B)
     s = (tl.program_id(0) // tiles).to(tl.int64)
-    rows = (tl.program_id(0) % tiles) * BLOCK_B + tl.arange(0, BLOCK_B)[None, :]
-    return s, rows, rows < B
+    first_row = ((tl.program_id(0) % tiles) * BLOCK_B).to(tl.int64)
+    lane = tl.arange(0, BLOCK_B)[None, :]
+    return s, first_row, lane, first_row + lane < B
 
 
 @triton.jit
@@ -44,13 +47,13 @@ def weight_rows(s, u, H, K, GATES: tl.constexpr, TILES: tl.constexpr, BLOCK_U: t
 
 @triton.jit
 def tile_product(
-    w, w_at, w_ok, x, x_at, x_ok, K, total, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr
+    w, w_at, w_ok, x, lane, x_ok, K, total, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """total [M, rows] + the sum over k < K of w[w_at + k] [M, 1] * x[x_at + k] [1, rows]."""
+    """total [M, rows] + the sum over k < K of w[w_at + k] [M, 1] * x[lane * K + k] [1, rows]."""
     for start in tl.range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         a = tl.load(w + w_at + k[None, :], mask=w_ok & (k[None, :] < K), other=0.0)
-        b = tl.load(x + x_at + k[:, None], mask=x_ok & (k[:, None] < K), other=0.0)
+        b = tl.load(x + (lane * K + k[:, None]), mask=x_ok & (k[:, None] < K), other=0.0)
         total = product(a, b, total, PRECISION)
     return total
 
