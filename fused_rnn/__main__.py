@@ -12,7 +12,7 @@ import torch
 
 import fused_rnn
 from fused_rnn import backends
-from fused_rnn.testing import Case, check, yardsticks
+from fused_rnn.testing import Case, check
 
 _ISA = ("portable", "AVX2", "AVX-512")
 
@@ -94,12 +94,11 @@ def verify(names: list[str] | None, dtypes: list[torch.dtype]) -> int:
             case.cells,
             case.reset_after,
         )
-        measures = yardsticks(case)
         for name in names:
             if backends.why_not(name, request) is not None:
                 skipped[name] += 1
                 continue
-            for verdict in check(case, name, measures=measures):
+            for verdict in check(case, name):
                 kind = "gradients" if verdict.name.startswith("d") else "outputs"
                 key = (name, case.cell, str(case.dtype)[6:], kind)
                 used = verdict.error / verdict.budget if verdict.budget else verdict.error > 0

@@ -183,6 +183,7 @@ def block_plan(device: Device, shape: Shape) -> BlockPlan | None:
     # each of its units, and where H is odd each of these has an address of its own. AMD's smallest
     # matrix instruction has 16 columns.
     crowded = block_h == 128 or shape.precision == "tf32x3" or shape.H % 16 != 0
+    crowded = crowded or (block_h == 64 and shape.itemsize == 4)
     return BlockPlan(block_h, 8 if crowded and device.backend == "cuda" else 16, warps)
 
 
@@ -377,8 +378,8 @@ def matmul_plan(device: Device, L: int, dtype: torch.dtype, precision: str) -> M
     narrow = L <= 64
     block_k = 64 if dtype.itemsize == 2 else 32
     if precision == "tf32x3":
-        return MatmulPlan(64, 64, 32, 4, 2)
-    return MatmulPlan(128, 64 if narrow else 128, block_k, 4 if narrow else 8, stages)
+        return MatmulPlan(64, 64, 32, 8, 2)
+    return MatmulPlan(128, 64 if narrow else 128, block_k, 8, stages)
 
 
 def matmul_chunk(K: int, L: int) -> int:

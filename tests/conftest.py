@@ -1,12 +1,18 @@
 """Fixtures shared by the tests: the backends under test, and threads put back as they were."""
 
+import os
+
 import pytest
 import torch
 
-from fused_rnn import backends
+GPU = torch.cuda.is_available()
+if not GPU:  # Triton's kernels then run in its interpreter; this is read when they are first loaded
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from fused_rnn import backends  # noqa: E402
 
 # A new backend joins the whole matrix by its name and the device its tensors live on.
-UNDER_TEST = {"cpu": "cpu", "reference": "cpu"}
+UNDER_TEST = {"cpu": "cpu", "reference": "cpu", "triton": "cuda" if GPU else "cpu"}
 
 
 @pytest.fixture(params=list(UNDER_TEST))

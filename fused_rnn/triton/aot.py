@@ -204,7 +204,8 @@ def _source(configuration: Configuration) -> ASTSource:
             if always or (configuration.aligned and name in _SIZES):
                 attrs[(position,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "*" + (io if name in _IO else acc)
+            wide = name == "hs" and configuration.kernel == "rnn_forward_tiles"
+            signature[name] = "*" + (io if name in _IO and not wide else acc)
             attrs[(position,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=function, signature=signature, constexprs=constexprs, attrs=attrs)
 

@@ -17,26 +17,28 @@ def sigmoid(x):
 
 @triton.jit
 def _tanh_small(z):
-    """(tanh(x) / x - 1) / z for |x| < 0.625 as a function of z = x^2 (Cephes tanhf.c, tanh.c)."""
+    """(tanh(x) / x - 1) / z as a function of z = x^2: float32 for |x| < 1, a minimax fit; float64
+    for |x| < 0.625 (Cephes tanh.c)."""
     if z.dtype == tl.float64:
-        p = (
-            -9.64399179425052238628e-1 * z - 9.92877231001918586564e1
-        ) * z - 1.61468768441708447952e3
+        p = -9.64399179425052238628e-1 * z - 9.92877231001918586564e1
+        p = p * z - 1.61468768441708447952e3
         q = ((z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3) * z
         return p / (q + 4.84406305325125486048e3)
     else:
-        p = (-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2
-        return (p * z + 1.33314422036e-1) * z - 3.33332819422e-1
+        p = (-3.58439245e-4 * z + 2.30131998e-3) * z - 7.94604514e-3
+        p = (p * z + 2.14866159e-2) * z - 5.38797882e-2
+        return (p * z + 1.33323443e-1) * z - 3.33332954e-1
 
 
 @triton.jit
 def tanh(x):
     """An odd polynomial near zero, where 1 - 2 / (e^2x + 1) would cancel; a NaN passes through."""
+    NEAR: tl.constexpr = 0.625 if x.dtype == tl.float64 else 1.0
     size = tl.abs(x)
     z = x * x
     small = x + x * z * _tanh_small(z)
     large = 1.0 - 2.0 / (tl.exp(2.0 * tl.where(size > 40.0, 40.0, size)) + 1.0)
-    return tl.where(size < 0.625, small, tl.where(x < 0, -large, large))
+    return tl.where(size < NEAR, small, tl.where(x < 0, -large, large))
 
 
 @triton.jit

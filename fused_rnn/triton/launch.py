@@ -127,11 +127,11 @@ def operand(layer: Layer, size: int) -> Tensor:
     return torch.zeros(shape, dtype=layer.io, device=layer.device)
 
 
-def halves(layer: Layer, first: Tensor | None, size: int) -> Tensor:
+def halves(layer: Layer, first: Tensor | None, size: int, dtype=None) -> Tensor:
     """Two of ``operand``: [2, S, B, padded(size)], what one step reads and the other half, which it
     writes. The first half starts as ``first``."""
     shape = (2, layer.S, layer.B, padded(size))
-    both = torch.zeros(shape, dtype=layer.io, device=layer.device)
+    both = torch.zeros(shape, dtype=dtype or layer.io, device=layer.device)
     if first is not None:
         both[0, ..., :size].copy_(first)
     return both

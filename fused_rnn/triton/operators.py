@@ -246,15 +246,14 @@ def rnn_forward(gates_x, w_hh, h0, flags, reverse, relu):
     call = Call(layer, "rnn")
     if B == 0 or S == 0:
         return y, h_n
-    acc = (TL_DTYPE[layer.acc],)
     with on(layer.device):
         if call.is_block:
             args = (*x, pad(w_hh), h0, *layer.flags, y, h_n, int(relu))
-            call.block(block.rnn_forward_block, args, acc)
+            call.block(block.rnn_forward_block, args, (TL_DTYPE[layer.acc],))
             return y, h_n
-        hs = halves(layer, h0, H)
+        hs = halves(layer, h0, H, layer.acc)
         args = (*x, pad(w_hh), hs, *layer.flags, y, int(relu))
-        step = call.steps(tiles_rnn.rnn_forward_tiles, H, args, (H, padded(H)), acc)
+        step = call.steps(tiles_rnn.rnn_forward_tiles, H, args, (H, padded(H)))
         call.scan(step, T)
         h_n.copy_(hs[T % 2, ..., :H])
     return y, h_n

@@ -33,10 +33,17 @@ def _tf32_rest(x, high):
 def product(a, b, total, PRECISION: tl.constexpr):
     """total + a @ b. PRECISION: "tf32" or "tf32x3" for float32 operands, else "ieee".
 
+    Where b is wider than a, of 16 bits, it is taken as the sum of two numbers of a's dtype, twice
+    the products for near twice the digits.
     tf32x3 splits each operand in two TF32 numbers and leaves out the product of the small parts.
     Under interpretation 16-bit operands are widened first, because there tl.dot multiplies the raw
     bits of bfloat16 (seen with Triton 3.7.1); the widening loses nothing.
     """
+    if b.dtype != a.dtype:
+        high = b.to(a.dtype)
+        low = tl.where(tl.abs(high.to(b.dtype)) < float("inf"), b - high.to(b.dtype), 0.0)
+        total = product(a, low.to(a.dtype), total, PRECISION)
+        b = high
     if INTERPRETED:
         if a.dtype == tl.bfloat16 or a.dtype == tl.float16:
             a, b = a.to(tl.float32), b.to(tl.float32)

@@ -19,10 +19,11 @@ from fused_rnn.triton.tiles import (
 def rnn_forward_tiles(
     gates_x, gates_x_t, gates_x_b, w_hh, hs, flags, flags_t, flags_b,
     y, relu, reverse_bits, reverse_period, first, count, T, B, S, H, K,
-    ACC: tl.constexpr,
     BLOCK_U: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """w_hh [S, H, K]; hs [2, S, B, K] the hidden state before and after the step, by parity."""
+    """w_hh [S, H, K]; hs [2, S, B, K] the hidden state before and after the step, by parity, not
+    rounded to the dtype of the weights (see ``rnn_forward_block``)."""
+    ACC: tl.constexpr = hs.dtype.element_ty
     s, first_row, lane, rows_ok = place(B, BLOCK_B)
     rows = first_row + lane
     at_row = s * B + first_row
