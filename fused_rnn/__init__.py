@@ -10,6 +10,7 @@ from fused_rnn.backends import available_backends, current_backend, use_backend
 from fused_rnn.explain import explain
 from fused_rnn.functional import gru, lstm, rnn
 from fused_rnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from fused_rnn.precision import fp32_precision
 from fused_rnn.replace import replace_rnn, restore_rnn
 
 try:
@@ -27,6 +28,7 @@ __all__ = [
     "available_backends",
     "current_backend",
     "explain",
+    "fp32_precision",
     "gru",
     "lstm",
     "replace_rnn",

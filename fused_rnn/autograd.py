@@ -55,14 +55,18 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def fold_bias(spec: LayerSpec, b_ih: Tensor | None, b_hh: Tensor | None, hidden: int):
-    """The biases as the waist takes them: one for gates_x [S, G*H], and b_hn [S, H] (GRU)."""
+    """The biases as the waist takes them: one for gates_x [S, G*H], added up in the arithmetic
+    dtype, and b_hn [S, H] (GRU)."""
     if b_hh is None:
         return b_ih, None
     b_hn = None
     if spec.cell == "gru" and spec.reset_after:
         b_hn = b_hh[:, 2 * hidden :]
         b_hh = torch.nn.functional.pad(b_hh[:, : 2 * hidden], (0, hidden))
-    return (b_hh if b_ih is None else b_ih + b_hh), b_hn
+    if b_ih is None:
+        return b_hh, b_hn
+    acc = ops.ACC_DTYPE[b_hh.dtype]
+    return b_ih.to(acc) + b_hh.to(acc), b_hn
 
 
 def _without_padding(x: Tensor, flags: Tensor | None) -> Tensor:
@@ -130,7 +134,7 @@ def reference_scan(spec: LayerSpec, inputs: LayerInputs) -> tuple[Tensor, ...]:
     x = _without_padding(x, flags)
     if w_ih is not None:
         x = torch.einsum("tbi,sgi->tbsg", x, w_ih)
-    gates_x = x if bias is None else x + bias
+    gates_x = x if bias is None else x + bias.to(w_hh.dtype)
     common = {"flags": flags, "reverse": spec.reverse}
     if spec.cell == "lstm":
         return reference.lstm_scan(gates_x, w_hh, h0, c0, w_hr=w_hr, **common)
@@ -397,6 +401,45 @@ class Scan(torch.autograd.Function):
         return (None, *(next(found) if needed else None for needed in wanted), None)
 
 
+class LibraryLayer(torch.autograd.Function):
+    """A layer by torch.nn's own path, with a backward that can itself be differentiated, which the
+    library's cannot: apply(spec, run, *LayerInputs) -> the outputs of run(LayerInputs)."""
+
+    @staticmethod
+    def forward(ctx, spec, run, *tensors):
+        leaves = [
+            None if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors
+        ]
+        with torch.enable_grad():
+            outputs = run(LayerInputs(*leaves))
+        ctx.spec, ctx.inner = spec, (leaves, outputs)
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        return tuple(out.detach() for out in outputs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        saved = ctx.saved_tensors  # also the check that none was changed in place
+        places = [k for k, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+        if torch.is_grad_enabled():
+            cotangents = (*grads, *(None,) * (_OUTPUTS[ctx.spec.cell] - len(grads)))
+            found = _vjp(_run_forward(ctx.spec), saved, places, cotangents)
+        else:
+            leaves, outputs = ctx.inner
+            given = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+            found = torch.autograd.grad(
+                [o for o, _ in given],
+                [leaves[k] for k in places],
+                [g for _, g in given],
+                retain_graph=True,
+                allow_unused=True,
+            )
+        results: list = [None] * (2 + len(saved))
+        for k, grad in zip(places, found, strict=True):
+            results[2 + k] = grad
+        return tuple(results)
+
+
 # Forward mode has classes of its own, because Dynamo refuses a Function with a jvp.
 
 
@@ -416,6 +459,11 @@ class ForwardModeScan(Scan):
     def jvp(ctx, _spec, *tangents):
         found = _jvp(_run_forward(ctx.spec), ctx.saved_tensors, tangents)
         return found if ctx.spec.cell == "rnn" else (*found, None)
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform or a forward-mode derivative is under way."""
+    return forward_mode() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def forward_mode() -> bool:

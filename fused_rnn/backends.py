@@ -12,7 +12,7 @@ import torch
 
 from fused_rnn import plan
 from fused_rnn.ops import ACC_DTYPE
-from fused_rnn.precision import current_fp32_precision
+from fused_rnn.precision import current_fp32_precision, torch_fp32_precision
 
 REMEDY = (
     "build it with a C++ compiler: `pip install --no-build-isolation .` in the source tree,"
@@ -84,7 +84,11 @@ def _has_gpu() -> bool:
 
 @functools.lru_cache
 def _triton_missing() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    try:
+        found = importlib.util.find_spec("triton")
+    except ImportError:
+        found = None
+    if found is None:
         return (
             "triton is not installed; pip install triton (CUDA and ROCm builds of torch bring it)"
         )
@@ -118,21 +122,22 @@ def _triton_refuses(request: Request) -> str | None:
 def _triton_yields(request: Request) -> str | None:
     if request.device == "cpu":
         return "interpreted kernels are slow"
-    if request.hidden is None or torch.compiler.is_compiling() or _torch_refuses(request):
-        return None  # under torch.compile ours is one graph and torch.nn's path is not
-    precision = current_fp32_precision() if request.dtype == torch.float32 else "ieee"
+    # (Sizes are not given under torch.compile and transforms, which torch.nn's path cannot take.)
+    if request.hidden is None or request.rows == 0 or _torch_refuses(request):
+        return None
     device = plan.device_of(request.device_index or 0)
+    precision = "ieee"
+    if request.dtype == torch.float32 and device.has_tf32:
+        precision = current_fp32_precision()
+        if precision != torch_fp32_precision():
+            return None  # torch.nn's path knows torch's own setting alone
+    rows = plan.TYPICAL_ROWS if request.rows is None else request.rows
     shape = plan.Shape(
-        request.cell,
-        len(request.reverse),
-        request.rows or 32,
-        request.hidden,
-        request.dtype,
-        request.proj,
+        *(request.cell, len(request.reverse), rows, request.hidden, request.dtype, request.proj),
         precision=precision,
     )
     if plan.torch_is_faster(device, shape):
-        return f"torch.nn's path is predicted to be faster at B = {shape.B}, H = {shape.H}"
+        return f"torch.nn's path is predicted to be faster at B = {rows}, H = {shape.H}"
     return None
 
 
@@ -251,11 +256,15 @@ def choose(request: Request, name: str | None = None) -> str:
             f"backend {name!r} cannot run this {request.cell}: {reason}."
             f" What would: {', '.join(others) or 'none'}"
         )
-    able = [name for name in BACKENDS if why_not(name, request) is None]
-    if able:
-        preferred = [name for name in able if BACKENDS[name].yields(request) is None]
-        chosen = (preferred or able)[0]
+    second = None  # one that can, but would rather leave it to another
+    for name in BACKENDS:
+        if why_not(name, request) is None:
+            if BACKENDS[name].yields(request) is None:
+                second = name
+                break
+            second = second or name
+    if second is not None:
         if _extension_missing is not None:
-            _warn_once(request, chosen)
-        return chosen
+            _warn_once(request, second)
+        return second
     raise RuntimeError(f"no backend can run this {request.cell}: {why_not('reference', request)}")

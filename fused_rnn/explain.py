@@ -17,6 +17,8 @@ def explain(
     lengths: bool = False,
     reset: bool = False,
     return_cells: bool = False,
+    batch: int | None = None,
+    hidden_size: int | None = None,
     backend: str | None = None,
 ) -> str:
     """Say which backend would run a call, and for every other one why it would not.
@@ -26,6 +28,8 @@ def explain(
             "rnn".
         device, dtype, bidirectional: of the call; the module's own, or "cpu", float32, False.
         lengths, reset, return_cells: whether the call gives or asks for them.
+        batch, hidden_size: rows of the call (32 if not given) and units (the module's own), by
+            which the automatic choice on a GPU goes.
         backend: a name to ask about instead of the one selected.
 
     Raises TypeError or ValueError where module_or_cell is none of these.
@@ -33,6 +37,7 @@ def explain(
     >>> print(explain("lstm", backend="reference"))
     lstm on cpu, float32: reference (chosen by name)
       cpu: not asked for
+      triton: ...
       torch: not asked for
     """
     if isinstance(module_or_cell, str):
@@ -59,14 +64,19 @@ def explain(
         (False, True) if both else (False,),
         lengths or reset,
         return_cells,
+        device_index=torch.device(weight.device if device is None else device).index,
+        rows=batch,
+        hidden=hidden_size or getattr(module_or_cell, "hidden_size", None),
+        proj=getattr(module_or_cell, "proj_size", 0),
     )
     name = backend or backends.current_backend()
     chosen = backends.choose(request, name)
-    how = "the first that can" if name == backends.AUTO else "chosen by name"
+    how = "chosen by itself" if name == backends.AUTO else "chosen by name"
     lines = [f"{cell} on {request.device}, {str(request.dtype)[6:]}: {chosen} ({how})"]
     for other in backends.BACKENDS:
         if other != chosen:
             reason = backends.why_not(other, request)
-            preferred = "not asked for" if name != backends.AUTO else f"{chosen} comes first"
-            lines.append(f"  {other}: {reason or preferred}")
+            if reason is None and name == backends.AUTO:
+                reason = backends.BACKENDS[other].yields(request) or f"{chosen} comes first"
+            lines.append(f"  {other}: {reason or 'not asked for'}")
     return "\n".join(lines)

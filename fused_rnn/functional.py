@@ -159,8 +159,8 @@ def run_layer(
 
 def _sizes(inputs: LayerInputs):
     """device_index, rows, hidden and proj of a backends.Request, for a GPU's choice."""
-    if inputs.x.device.type != "cuda" or torch.compiler.is_compiling():
-        return ()
+    if inputs.x.device.type != "cuda" or torch.compiler.is_compiling() or autograd.transformed():
+        return ()  # ours is one graph, and takes transforms, where torch.nn's path is and does not
     proj = 0 if inputs.w_hr is None else inputs.w_hr.shape[1]
     hidden = inputs.w_hh.shape[2] if inputs.w_hr is None else inputs.w_hr.shape[2]
     return inputs.x.device.index, inputs.h0.shape[1], hidden, proj
@@ -195,10 +195,20 @@ def _run_layer(
         *_sizes(inputs),
     )
     name = backends.choose(request, backend)
-    if name == "torch":
-        return _torch_layer(cell, inputs, len(reverse), relu)
     keep = tape == "keep"
     spec = LayerSpec(cell, name, reverse, reset_after, relu, keep, ragged)
+    if name == "torch":
+        asked = (backend or backends.current_backend()) == name
+        if asked or torch.compiler.is_compiling() or autograd.transformed():
+            return _torch_layer(cell, inputs, len(reverse), relu)
+        if not _needs_gradient(inputs):
+            return _torch_layer(cell, inputs, len(reverse), relu)
+
+        def run(given: LayerInputs):
+            return tuple(t for t in _torch_layer(cell, given, len(reverse), relu) if t is not None)
+
+        y, h_n, *c_n = autograd.LibraryLayer.apply(spec, run, *inputs)
+        return y, h_n, (c_n[0] if c_n else None), None
     if name == "reference":
         outputs = autograd.reference_forward(spec, inputs)
     elif _needs_gradient(inputs):

@@ -45,7 +45,7 @@ class Device:
 
     @property
     def has_tf32(self) -> bool:
-        return self.backend == "cuda" or self.arch == "gfx942"
+        return self.arch == "gfx942" if self.backend == "hip" else int(self.arch) >= 80
 
 
 DEVICES = {
@@ -173,10 +173,13 @@ def block_plan(device: Device, shape: Shape) -> BlockPlan | None:
     if not _tensor_cores(shape):
         # Products by FMA keep their operands in registers.
         return BlockPlan(block_h, 16, 8) if block_h == 32 else None
-    # Too little room in registers: 3xTF32, which has every operand twice; odd sizes of float32.
+    # Too little room in registers: 3xTF32, which has every operand twice; float32 at
+    # H > 64 in odd sizes, and except on Hopper, which multiplies straight from shared memory.
     if shape.precision == "tf32x3" and block_h > 32:
         return None
     if block_h == 128 and shape.H % 16 != 0 and (shape.itemsize == 4 or device.backend == "hip"):
+        return None
+    if block_h == 128 and shape.itemsize == 4 and device.arch != 90:
         return None
     warps = {32: 4, 64: 8 if device.backend == "cuda" else 4, 128: 8}[block_h]
     # Eight rows where much else takes registers: a step reads, keeps and writes up to 20 values for
@@ -197,17 +200,21 @@ def tile_plan(device: Device, shape: Shape, streamed: bool) -> TilePlan | None:
     if streamed and shape.two_phases:
         return None
     stages = 2 if device.backend == "hip" else 4
+    # No more threads than a tile has elements: what threads hold twice, they would read and write
+    # twice, some after others have written.
+    warps = min(8, 16 * 16 // device.warp)
     if shape.dtype == torch.float64:
         return TilePlan(16, 16, 16, 4, 1, streamed)
     if not _tensor_cores(shape):
-        return TilePlan(16, 16, 32, 8, 2, streamed)
+        return TilePlan(16, 16, 32, warps, 2, streamed)
     block_k = 128 // shape.itemsize
     if streamed:
         # One program does all units: large tiles, all warps, to keep many loads in flight.
         return TilePlan(32, 16, block_k, 8, stages, True)
     # Enough programs for all multiprocessors, each with as few weights to read as possible. Odd
     # sizes are read element by element and need the registers of twice as many threads.
-    warps = 4 if shape.H % 16 == 0 and shape.proj % 16 == 0 else 8
+    if shape.H % 16 == 0 and shape.proj % 16 == 0:
+        warps = 4
     return TilePlan(16, 16 if shape.B <= 32 else 32, block_k, warps, stages)
 
 
@@ -248,15 +255,20 @@ LAUNCH_US = 4.0
 KERNEL_US = 1.0
 
 
+def _rate(device: Device, shape: Shape) -> float:
+    """Multiply-adds a clock of one multiprocessor."""
+    if shape.itemsize == 4:
+        return {"ieee": device.fma, "tf32": device.mma32, "tf32x3": device.mma32 / 3}[
+            shape.precision
+        ]
+    return device.mma16 if shape.itemsize == 2 else device.fma / 2
+
+
 def predict(device: Device, shape: Shape, plan: BlockPlan | TilePlan) -> Prediction:
     """The model: what one step of a scan should take on a device."""
     gates, out = shape.gates, shape.proj or shape.H
     us_per_cycle = 1e-3 / device.clock
-    rate = {2: device.mma16, 4: device.mma32, 8: device.fma / 2}[shape.itemsize]
-    if shape.itemsize == 4 and shape.precision == "ieee":
-        rate = device.fma
-    if shape.precision == "tf32x3":
-        rate /= 3
+    rate = _rate(device, shape)
     tiles = shape.S * -(-shape.B // plan.block_b)
     # Gates in and out (float32), y, and what the backward scan adds.
     per_unit = (gates * 4 + 4 + shape.itemsize) * (2 if shape.backward else 1)
@@ -281,7 +293,7 @@ def predict(device: Device, shape: Shape, plan: BlockPlan | TilePlan) -> Predict
     if plan.streamed:
         waves = -(-tiles // device.multiprocessors)
         weights = weights_bytes / device.l2_one * waves * us_per_cycle
-        total = latency * blocks / 2 * waves * us_per_cycle  # two blocks overlap
+        total = latency * (blocks + 1) / 2 * waves * us_per_cycle  # two blocks overlap
         return Prediction(
             plan, work * blocks / rate * waves * us_per_cycle, weights, sequences, total, 0.0
         )
@@ -307,19 +319,30 @@ def choices(device: Device, shape: Shape) -> list[Prediction]:
     return sorted((predict(device, shape, p) for p in plans if p), key=lambda p: p.total)
 
 
+# The batch for which the kind of kernel is decided, whatever the batch is: kinds differ in the
+# order of their sums, and a row's bits may not depend on how many rows are beside it.
+TYPICAL_ROWS = 32
+
+
 @lru_cache(maxsize=4096)
+def chosen(device: Device, shape: Shape) -> Prediction:
+    """The kernel and tiles a scan gets, with what a step should take."""
+    kind = choices(device, replace(shape, B=TYPICAL_ROWS))[0].plan.kind
+    return next(p for p in choices(device, shape) if p.plan.kind == kind)
+
+
 def choose(device: Device, shape: Shape) -> BlockPlan | TilePlan:
     """The kernel and tiles a scan gets. Every shape gets some."""
-    return choices(device, shape)[0].plan
+    return chosen(device, shape).plan
 
 
-def cudnn_step_us(device: Device, shape: Shape, layers_alike: bool = True) -> float:
-    """What a step of cuDNN is taken to cost, for the automatic choice between its path and ours.
+def cudnn_step_us(device: Device, shape: Shape) -> float:
+    """What a forward step of cuDNN is taken to cost, for the automatic choice between its path and
+    ours.
 
     cuDNN keeps weights on the chip for float16 LSTMs of H <= 1024 in multiples of 128, B <= 128 in
-    multiples of 8, one direction, and for H <= 192 (128 backward); published on an H100: 1.96 us a
-    step for an LSTM of H = 768, B = 16. Elsewhere it launches a product and a pointwise kernel a
-    step.
+    multiples of 8, one direction: published on an H100, 1.96 us a step for H = 768, B = 16.
+    Elsewhere it launches a product and a pointwise kernel a step.
     """
     persistent = (
         shape.cell == "lstm"
@@ -328,32 +351,21 @@ def cudnn_step_us(device: Device, shape: Shape, layers_alike: bool = True) -> fl
         and shape.S == 1
         and (shape.H % 128 == 0 and shape.H <= 1024)
         and (shape.B % 8 == 0 and shape.B <= 128)
-        and layers_alike
     )
     if persistent:
-        return 1.96 * (1.6 if shape.backward else 1.0)
+        return 1.96
     out = shape.proj or shape.H
     weights = shape.gates * shape.H * out * shape.itemsize
     products = 2 * shape.gates * shape.H * out * shape.B
-    peak = (
-        device.multiprocessors
-        * device.clock
-        * 2e3
-        * (
-            device.mma16
-            if shape.itemsize == 2
-            else device.mma32
-            if shape.itemsize == 4
-            else device.fma
-        )
-    )  # operations a us
+    rate = _rate(device, replace(shape, precision="ieee" if shape.precision == "ieee" else "tf32"))
+    peak = device.multiprocessors * device.clock * 2e3 * rate  # operations a us
     once = 3.5 + max(weights / device.l2 * 1e-3, 2 * products / peak)
     return once * shape.S
 
 
 def torch_is_faster(device: Device, shape: Shape) -> bool:
     """Whether torch.nn's own path is predicted to beat ours, for a call it can take."""
-    return cudnn_step_us(device, shape) < choices(device, shape)[0].total
+    return cudnn_step_us(device, shape) < chosen(device, shape).total
 
 
 @dataclass(frozen=True)
@@ -367,9 +379,12 @@ class MatmulPlan:
     num_stages: int
 
 
-def matmul_plan(device: Device, L: int, dtype: torch.dtype, precision: str) -> MatmulPlan:
-    """Tiles by the width of the result and the dtype, never by the number of rows, on which a row's
-    bits may not depend."""
+def matmul_plan(
+    device: Device, L: int, dtype: torch.dtype, precision: str, aligned: bool = True
+) -> MatmulPlan:
+    """Tiles by the width of the result, the dtype, and whether rows begin at multiples of 16
+    elements; block_k, on which the order of sums depends, by the dtype alone, because a row's bits
+    may not depend on the number of rows."""
     stages = 2 if device.backend == "hip" else 3
     if dtype == torch.float64:
         return MatmulPlan(32, 32, 16, 4, 1)
@@ -378,15 +393,16 @@ def matmul_plan(device: Device, L: int, dtype: torch.dtype, precision: str) -> M
     narrow = L <= 64
     block_k = 64 if dtype.itemsize == 2 else 32
     if precision == "tf32x3":
-        return MatmulPlan(64, 64, 32, 8, 2)
+        return MatmulPlan(64, 64, 16, 8, 2)
+    if not aligned:  # read element by element, each with an address in a register
+        return MatmulPlan(64, 64, block_k, 8, 1)
     return MatmulPlan(128, 64 if narrow else 128, block_k, 8, stages)
 
 
 def matmul_chunk(K: int, L: int) -> int:
     """Terms summed by one program: long sums, of which weight gradients are made, are shared out,
-    the more the narrower the result. Depends on K and L alone, for the same reason."""
-    chunk = max(2048, 4 * L)
-    parts = -(-K // chunk)
-    if parts > 64:
-        chunk = -(-K // 64)
+    the more the narrower the result, whose partial sums have to be stored. Depends on K and L
+    alone, for the same reason."""
+    parts = max(1, min(64, 8192 // L))
+    chunk = max(2048, -(-K // parts))
     return -(-chunk // 128) * 128

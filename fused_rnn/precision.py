@@ -46,10 +46,13 @@ class fp32_precision:
         _selected = self._previous
 
 
+def torch_fp32_precision() -> str:
+    """What torch.nn's own path takes float32 products in on a GPU: "ieee" or "tf32"."""
+    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"
+
+
 def current_fp32_precision(device: str = "cuda") -> str:
     """What float32 products on a device type are taken in: a member of ``PRECISIONS``."""
     if _selected is not None:
         return _selected
-    if device == "cpu":
-        return "ieee"
-    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"
+    return "ieee" if device == "cpu" else torch_fp32_precision()

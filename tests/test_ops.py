@@ -2,15 +2,24 @@
 
 import pytest
 import torch
+from conftest import UNDER_TEST
 
 from fused_rnn import ops
+from fused_rnn.precision import fp32_precision
 
-BACKENDS = ["cpu"]  # those with operators of their own
+BACKENDS = ["cpu", "triton"]  # those with operators of their own
 T, B, S, H, P = 4, 3, 2, 5, 2
 
 
-def samples(name, dtype=torch.float32, flags=True, proj=False, reset_after=True):
-    """Arguments of one operator, gradients required where it makes sense to ask."""
+def samples(backend, name, dtype=torch.float32, flags=True, proj=False, reset_after=True):
+    """Arguments of one operator, on the device where the backend runs."""
+    return tuple(
+        a.to(UNDER_TEST[backend]) if isinstance(a, torch.Tensor) else a
+        for a in _samples(name, dtype, flags, proj, reset_after)
+    )
+
+
+def _samples(name, dtype, flags, proj, reset_after):
     generator = torch.Generator().manual_seed(0)
 
     def t(*shape):
@@ -93,7 +102,7 @@ VARIANTS = {
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend, name, variant):
     """Schema, fake against real (static and dynamic shapes), and no autograd registered."""
-    torch.library.opcheck(ops.family(backend)[name], samples(name, **VARIANTS[variant]))
+    torch.library.opcheck(ops.family(backend)[name], samples(backend, name, **VARIANTS[variant]))
 
 
 @pytest.mark.parametrize("name", [*ops.OPERATORS, "matmul"])
@@ -102,7 +111,7 @@ def test_missing_gradients_are_zero(backend, name):
     """None for an optional gradient is the same as zeros."""
     if not name.endswith("backward"):
         pytest.skip("forward operators take no gradients")
-    op, args = ops.family(backend)[name], list(samples(name))
+    op, args = ops.family(backend)[name], list(samples(backend, name))
     grads = 4 if name.startswith("lstm") else 2
     for k in range(grads):
         absent, zero = list(args), list(args)
@@ -116,7 +125,7 @@ def test_missing_gradients_are_zero(backend, name):
 def test_wrong_shapes_are_refused(backend, name):
     """Every tensor argument, with one axis too short, one too long, one more, or one fewer, gives
     RuntimeError naming it, and nothing is read out of bounds."""
-    op, args = ops.family(backend)[name], samples(name)
+    op, args = ops.family(backend)[name], samples(backend, name)
     names = [a.name for a in op._schema.arguments]
     for k, value in enumerate(args):
         if not isinstance(value, torch.Tensor):
@@ -138,7 +147,7 @@ def test_wrong_shapes_are_refused(backend, name):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_wrong_dtypes_and_flags_are_refused(backend):
     op = ops.family(backend)["lstm_inference"]
-    gates_x, w_hh, w_hr, h0, c0, flags, reverse = samples("lstm_inference")
+    gates_x, w_hh, w_hr, h0, c0, flags, reverse = samples(backend, "lstm_inference")
     with pytest.raises(RuntimeError, match="gates_x must have the dtype of w_hh"):
         op(gates_x.double(), w_hh, w_hr, h0, c0, flags, reverse)
     with pytest.raises(RuntimeError, match="w_hh must be float32, float64, bfloat16 or float16"):
@@ -153,25 +162,42 @@ def test_wrong_dtypes_and_flags_are_refused(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "sizes", [(1, 1, 1), (5, 7, 3), (33, 600, 130), (6, 0, 4), (0, 3, 2), (2, 1300, 65)]
+    "sizes",
+    [(1, 1, 1), (5, 7, 3), (33, 600, 130), (6, 0, 4), (0, 3, 2), (2, 1300, 65), (3, 5000, 9)],
 )
-def test_matmul(sizes, dtype):
-    """Every layout of a and b, against float64."""
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matmul(backend, sizes, dtype):
+    """Every layout of a and b, against float64; sums long enough to be shared out."""
     m, k, n = sizes
-    op = ops.family("cpu")["matmul"]
-    a = torch.randn(2, m, k).to(dtype)
-    b = torch.randn(2, k, n).to(dtype)
-    bias = torch.randn(2, n).to(dtype)
+    device = UNDER_TEST[backend]
+    op = ops.family(backend)["matmul"]
+    a = torch.randn(2, m, k, device=device).to(dtype)
+    b = torch.randn(2, k, n, device=device).to(dtype)
+    bias = torch.randn(2, n, device=device).to(dtype)
     exact = torch.einsum("imk,ikn->imn", a.double(), b.double()) + bias.double().unsqueeze(1)
     acc = ops.ACC_DTYPE[dtype]
-    bound = torch.finfo(acc).eps * (2 + k)
-    for x in (a, a.mT.contiguous().mT, a.repeat_interleave(2, 2)[:, :, ::2]):
-        for y in (b, b.mT.contiguous().mT, b.repeat_interleave(2, 2)[:, :, ::2]):
-            got = op(x, y, bias)
-            assert got.dtype == acc and got.shape == exact.shape
-            if exact.numel():
-                assert float((got.double() - exact).abs().max()) <= bound
-    got = op(a[:, :1, :1].expand(2, m, k), b, None) if m and k else torch.empty(0)
+    bound = torch.finfo(acc).eps * (2 + k) * (2 if acc == torch.float64 else 1)
+    with fp32_precision("ieee"):
+        for x in (a, a.mT.contiguous().mT, a.repeat_interleave(2, 2)[:, :, ::2]):
+            for y in (b, b.mT.contiguous().mT, b.repeat_interleave(2, 2)[:, :, ::2]):
+                got = op(x, y, bias)
+                assert got.dtype == acc and got.shape == exact.shape
+                if exact.numel():
+                    assert float((got.double() - exact).abs().max()) <= bound
+        got = op(a[:, :1, :1].expand(2, m, k), b, None) if m and k else torch.empty(0)
     if got.numel() and k:
         wanted = a[:, :1, :1].double() * b.double().sum(1, keepdim=True)
         assert float((got.double() - wanted).abs().max()) <= bound * 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matmul_of_mixed_dtypes(backend):
+    """A gradient in float32 times an operand of 16 bits."""
+    device = UNDER_TEST[backend]
+    a = torch.randn(1, 9, 40, device=device)
+    for dtype in (torch.bfloat16, torch.float16):
+        b = torch.randn(1, 40, 20, device=device).to(dtype)
+        got = ops.family(backend)["matmul"](a, b, None)
+        assert got.dtype == torch.float32
+        allowed = 3 * torch.finfo(dtype).eps * (a.abs() @ b.abs().float()).max()
+        assert (got - a @ b.float()).abs().max() <= allowed

@@ -6,9 +6,11 @@ shared memory, tensor core instructions. `python -m fused_rnn.triton.aot` prints
 """
 
 import argparse
+import csv
 import functools
 import inspect
 import itertools
+import multiprocessing
 import os
 import re
 import subprocess
@@ -49,7 +51,7 @@ _IO = set(
         "dn_operand",
     ]
 )
-_SIZES = ("H", "P", "L", "a_n", "a_m", "b_n", "b_k")
+_SIZES = ("H", "P", "L", "a_n", "a_m", "a_k", "b_n", "b_k")
 _SHORT = {
     torch.float32: "fp32",
     torch.float64: "fp64",
@@ -126,9 +128,13 @@ def _kernels_of(shape: Shape, plan) -> list[tuple[str, tuple]]:
     return [(f"{shape.cell}_{way}_tiles", bias)]
 
 
+def precisions_of(device: Device, dtype: torch.dtype) -> tuple[str, ...]:
+    """The ways products of a dtype can be taken on a device."""
+    return planning.PRECISIONS if dtype == torch.float32 and device.has_tf32 else ("ieee",)
+
+
 def _shapes(device: Device):
     """Shapes that reach every plan of ``choices``."""
-    precisions = {torch.float32: planning.PRECISIONS if device.has_tf32 else ("ieee",)}
     sizes = itertools.product((20, 32, 57, 64, 100, 128, 1000, 1024), (1, 200))
     variants = (
         *(("lstm", proj, True) for proj in (0, 15, 16)),
@@ -136,7 +142,7 @@ def _shapes(device: Device):
     )
     for (hidden, rows), (cell, proj, after) in itertools.product(sizes, variants):
         for dtype, backward in itertools.product(_SHORT, (False, True)):
-            for precision in precisions.get(dtype, ("ieee",)):
+            for precision in precisions_of(device, dtype):
                 yield Shape(cell, 1, rows, hidden, dtype, proj, after, precision, backward)
 
 
@@ -151,15 +157,17 @@ def configurations(device: Device) -> list[Configuration]:
                     kernel, shape.dtype, shape.precision, constants, prediction.plan, aligned
                 )
                 found[key._replace(plan=_untold(prediction.plan))] = key
-    for dtype in _SHORT:
-        precisions = (
-            planning.PRECISIONS if dtype == torch.float32 and device.has_tf32 else ("ieee",)
-        )
-        for precision, width in itertools.product(precisions, (64, 1024)):
-            plan = planning.matmul_plan(device, width, dtype, precision)
-            for aligned in (True, False):
-                key = Configuration("matmul_tiles", dtype, precision, (), plan, aligned)
+    for dtype, aligned in itertools.product(_SHORT, (True, False)):
+        for precision in precisions_of(device, dtype):
+            for width, turned in itertools.product((64, 1024), (False, True)):
+                plan = planning.matmul_plan(device, width, dtype, precision, aligned)
+                turned_a = (("TRANSPOSED_A", turned),)
+                key = Configuration("matmul_tiles", dtype, precision, turned_a, plan, aligned)
                 found[key] = key
+    parts = MatmulPlan(1024, 1024, 1024, 4, 1)
+    for dtype in (torch.float32, torch.float64):
+        key = Configuration("sum_parts", dtype, "ieee", (("BLOCK", 1024),), parts, True)
+        found[key] = key
     return list(found.values())
 
 
@@ -187,6 +195,7 @@ def _source(configuration: Configuration) -> ASTSource:
     }
     if configuration.kernel == "matmul_tiles":
         constants["HAS_BIAS"] = True
+    one = "a_m" if constants.get("TRANSPOSED_A") else "a_k"
     signature, constexprs, attrs = {}, {}, {}
     for position, name in enumerate(inspect.signature(function.fn).parameters):
         if name.isupper() and len(name) > 1:
@@ -196,7 +205,9 @@ def _source(configuration: Configuration) -> ASTSource:
         elif configuration.kernel == "matmul_tiles" and name in ("a", "b", "bias", "out"):
             signature[name] = "*" + (acc if name == "out" else io)
             attrs[(position,)] = [["tt.divisibility", 16]]
-        elif configuration.kernel == "matmul_tiles" and name in ("a_k", "b_l"):
+        elif configuration.kernel == "sum_parts":
+            signature[name] = "i32" if name in ("count", "splits") else "*" + io
+        elif configuration.kernel == "matmul_tiles" and name in (one, "b_l"):
             signature[name], constexprs[name] = "constexpr", 1
         elif configuration.kernel == "matmul_tiles" or _is_scalar(name):
             signature[name] = "i32"
@@ -253,7 +264,7 @@ def fault(device: Device, configuration: Configuration, report: Report) -> str |
     if report.shared > device.shared:
         return f"needs {report.shared} bytes of shared memory, {device.name} has {device.shared}"
     wide = configuration.dtype.itemsize == 2 or configuration.precision != "ieee"
-    if wide and configuration.kernel != "sum_parts" and not report.tensor_ops:
+    if wide and not report.tensor_ops:
         return "has no tensor core instruction"
     return None
 
@@ -272,6 +283,29 @@ def _try(job):
     return device, configuration, report, fault(device, configuration, report)
 
 
+def compile_all(pairs: list[tuple[Device, Configuration]], jobs: int = 2):
+    """Yield (device, configuration, report or None, fault or None), compiled in processes whose
+    kernels are not interpreted whatever the environment says."""
+    os.environ["TRITON_INTERPRET"] = "0"
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_silent) as pool:
+        yield from pool.map(_try, pairs, chunksize=4)
+
+
+def sample(device: Device, part: int, parts: int) -> list[Configuration]:
+    """One ``parts``-th of a device's configurations: of every kernel and way of multiplying one
+    size, and from part to part other ones."""
+    groups: dict = {}
+    for configuration in configurations(device):
+        groups.setdefault(configuration[:4], []).append(configuration)
+    keys = sorted(groups, key=str)
+    return [
+        groups[key][(number // parts + part) % len(groups[key])]
+        for number, key in enumerate(keys)
+        if number % parts == part % parts
+    ]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Compile everything for the named devices and print the table; 1 where anything is wrong."""
     parser = argparse.ArgumentParser(prog="python -m fused_rnn.triton.aot", description=__doc__)
@@ -279,21 +313,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--match", default="", help="only configurations whose name has this")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--quiet", action="store_true", help="only faults and the summary")
+    parser.add_argument("--csv", help="write the table to this file too")
     options = parser.parse_args(arguments)
-    jobs = [
+    pairs = [
         (device, configuration)
         for device in (planning.DEVICES[name] for name in options.devices)
         for configuration in configurations(device)
         if options.match in str(configuration)
     ]
-    faults = 0
-    with ProcessPoolExecutor(options.jobs, initializer=_silent) as pool:
-        for device, configuration, report, wrong in pool.map(_try, jobs, chunksize=8):
-            faults += wrong is not None
-            if wrong or not options.quiet:
-                used = "" if report is None else "{:>4} {:>6} {:>7} {:>5}".format(*report)
-                print(f"{device.name:<7}{used:<26} {configuration} {wrong or ''}", flush=True)
-    print(f"{len(jobs)} configurations, {faults} faults")
+    faults, rows = 0, []
+    for device, configuration, report, wrong in compile_all(pairs, options.jobs):
+        faults += wrong is not None
+        rows.append((device.name, configuration, *(report or ("",) * 4), wrong or ""))
+        if wrong or not options.quiet:
+            used = "" if report is None else "{:>4} {:>6} {:>7} {:>5}".format(*report)
+            print(f"{device.name:<7}{used:<26} {configuration} {wrong or ''}", flush=True)
+    if options.csv:
+        with open(options.csv, "w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(("device", "configuration", *Report._fields, "fault"))
+            table.writerows(rows)
+    print(f"{len(pairs)} configurations, {faults} faults")
     return 1 if faults else 0
 
 

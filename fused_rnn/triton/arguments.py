@@ -79,7 +79,9 @@ def layer_of(name: str, sequence: Tensor, w_hh: Tensor, gates: int, square: bool
     )  # fmt: skip
 
 
-_BITS = 62  # stack entries whose directions one integer holds
+_BITS = 31  # stack entries whose directions one integer of 32 bits holds
+# Kernels count the elements of a tile of rows, of at most this many, in 32 bits.
+_TILE_ROWS, _INT32 = 32, 2**31
 
 
 def _period(reverse) -> int | None:
@@ -94,47 +96,44 @@ def _period(reverse) -> int | None:
 
 
 def _reverse_bits(reverse) -> tuple[int, int]:
+    """The directions as kernels take them: bits, and after how many entries they repeat."""
     period = _period(reverse)
     return sum(int(bool(reverse[s])) << s for s in range(min(period, len(reverse)))), period
 
 
-def _by_parts(stack_axes):
-    """Run an operator on groups of ``_BITS`` stack entries where their directions follow no short
-    pattern. ``stack_axes``: of every argument and of every output, the stack's axis or None."""
+def whole_stack(name: str):
+    """Decorates an operator: run it on groups of stack entries where one launch cannot take all,
+    because their directions follow no short pattern or a row of all of them is too long."""
+    spec = OPERATORS[name]
+    axes = [None if a is None or "S" not in a else a.index("S") for a in spec.layouts]
+    out_axes = [layout.index("S") for layout in spec.outputs]
+    at_w_hh = next(k for k, a in enumerate(spec.layouts) if a == "S**")
 
     def decorate(function):
         @functools.wraps(function)
         def run(*args):
             reverse = next(a for a in args if isinstance(a, (list, tuple)))
-            if _period(reverse) is not None:
+            w_hh = args[at_w_hh]
+            longest = max(1, _INT32 // (_TILE_ROWS * 4 * max(1, *w_hh.shape[1:])))
+            group = min(longest, len(reverse) if _period(reverse) is not None else _BITS)
+            if len(reverse) <= max(group, 1):
                 return function(*args)
             parts = []
-            for first in range(0, len(reverse), _BITS):
-                last = min(first + _BITS, len(reverse))
-                given = [
-                    a[first:last]
-                    if a is reverse
-                    else a
-                    if axis is None or a is None
-                    else a.narrow(axis, first, last - first)
-                    for a, axis in zip(args, stack_axes[0], strict=True)
-                ]
+            for first in range(0, len(reverse), group):
+                last = min(first + group, len(reverse))
+                given = list(args)
+                for k, (arg, axis) in enumerate(zip(args, axes, strict=True)):
+                    if arg is reverse:
+                        given[k] = arg[first:last]
+                    elif axis is not None and arg is not None:
+                        given[k] = arg.narrow(axis, first, last - first)
                 parts.append(function(*given))
-            return tuple(torch.cat(found, axis) for found, axis in zip(zip(*parts), stack_axes[1]))
+            columns = zip(*parts, strict=True)
+            return tuple(torch.cat(c, axis) for c, axis in zip(columns, out_axes, strict=True))
 
         return run
 
     return decorate
-
-
-def whole_stack(name: str):
-    """``_by_parts`` for an operator, from its layouts in the waist."""
-    spec = OPERATORS[name]
-    find = [
-        None if layout is None or "S" not in layout else layout.index("S")
-        for layout in spec.layouts
-    ]
-    return _by_parts((find, [layout.index("S") for layout in spec.outputs]))
 
 
 def _dtype_ok(layer: Layer, name: str, tensor: Tensor) -> None:
@@ -152,10 +151,11 @@ def sequence_of(layer: Layer, name: str, tensor: Tensor | None, size: int, axes:
     shape = (layer.T, layer.B, layer.S, size)
     check_tensor(name, tensor, shape, axes, layer.device)
     _dtype_ok(layer, name, tensor)
-    row = layer.S * size
+    row = max(1, layer.S * size)
     t, b, s, one = tensor.stride()
     if (
-        (one != 1 and size > 1)
+        (layer.B > 1 and _TILE_ROWS * b >= _INT32)
+        or (one != 1 and size > 1)
         or (s != size and layer.S > 1)
         or (t % row if layer.T > 1 else 0)
         or (b % row if layer.B > 1 else 0)

@@ -90,6 +90,7 @@ def lstm_forward_block(
     x_o = load(gates_x, row, s, S, 4 * H, 3 * H + x_at, ok, ACC)
     bits = load_flags(flags, flags_t, flags_b, t, rows, rows_ok, True)
     started = rows < 0  # whether a segment started at the step processed before
+    padding = units >= H  # may come to hold a NaN, which would meet the zeros of padded weights
     for p in tl.range(0, T, num_stages=1):
         # The next step's inputs are on their way while this one is computed.
         more = p + 1 < T
@@ -102,7 +103,7 @@ def lstm_forward_block(
         ended = (bits & ENDED) != 0
         cut = tl.where(backwards, started, starts_segment(bits))
         started = starts_segment(bits)
-        operand = tl.where(cut, 0.0, h).to(IO)
+        operand = tl.where(cut | padding, 0.0, h).to(IO)
         a_i = product(w_i, operand, x_i, PRECISION)
         a_f = product(w_f, operand, x_f, PRECISION)
         a_g = product(w_g, operand, x_g, PRECISION)
@@ -233,6 +234,7 @@ def gru_forward_block(
     x_r, x_z, x_n = load3(gates_x, row, s, S, 3 * H, H, x_at, ok, ACC)
     bits = load_flags(flags, flags_t, flags_b, t, rows, rows_ok, True)
     started = rows < 0  # whether a segment started at the step processed before
+    padding = units >= H  # may come to hold a NaN, which would meet the zeros of padded weights
     for p in tl.range(0, T, num_stages=1):
         more = p + 1 < T
         next_t = tl.where(backwards, T - 2 - p, p + 1)
@@ -244,7 +246,7 @@ def gru_forward_block(
         cut = tl.where(backwards, started, starts_segment(bits))
         started = starts_segment(bits)
         h_prev = tl.where(cut, 0.0, h)
-        operand = h_prev.to(IO)
+        operand = tl.where(padding, 0.0, h_prev).to(IO)
         a_r = product(w_r, operand, x_r, PRECISION)
         a_z = product(w_z, operand, x_z, PRECISION)
         row = row_of(t, B, 1, first)
@@ -256,7 +258,7 @@ def gru_forward_block(
             store(gates, row, s, S, KEPT * H, at, tl.where(ended, 0.0, hn), keep)
         else:
             r, z = cell.sigmoid(a_r), cell.sigmoid(a_z)
-            n = cell.tanh(product(w_n, (r * h_prev).to(IO), x_n, PRECISION))
+            n = cell.tanh(product(w_n, tl.where(padding, 0.0, r * h_prev).to(IO), x_n, PRECISION))
             new_h = cell.gru_update(z, n, h_prev)
         h = tl.where(ended, h, new_h)
 
@@ -363,6 +365,7 @@ def rnn_forward_block(
     x = load(gates_x, row, s, S, H, x_at, ok, ACC)
     bits = load_flags(flags, flags_t, flags_b, t, rows, rows_ok, True)
     started = rows < 0  # whether a segment started at the step processed before
+    padding = units >= H  # may come to hold a NaN, which would meet the zeros of padded weights
     for p in tl.range(0, T, num_stages=1):
         more = p + 1 < T
         next_t = tl.where(backwards, T - 2 - p, p + 1)
@@ -373,7 +376,7 @@ def rnn_forward_block(
         ended = (bits & ENDED) != 0
         cut = tl.where(backwards, started, starts_segment(bits))
         started = starts_segment(bits)
-        a = product(w, tl.where(cut, 0.0, h), x, PRECISION)
+        a = product(w, tl.where(cut | padding, 0.0, h), x, PRECISION)
         new_h = cell.rnn_forward(a, relu != 0)
         h = tl.where(ended, h, new_h)
         row = row_of(t, B, 1, first)

@@ -54,7 +54,7 @@ class Steps:
     """Launches one kernel again and again with only the step changing.
 
     The first launch goes through Triton's dispatch, which compiles; the others call the compiled
-    kernel, at a fraction of the time on the host.
+    kernel, at a fraction of the time on the host. (That takes a grid of three numbers only.)
     """
 
     def __init__(self, kernel, grid, args: tuple, constants: tuple, step_at: int, options: dict):
@@ -101,7 +101,7 @@ class Call:
         """The launcher of a tile kernel over ``units``, for one step at a time. ``loops``: the
         kernel can run several steps."""
         layer, plan = self.layer, self.plan
-        grid = (layer.S * triton.cdiv(layer.B, plan.block_b), triton.cdiv(units, plan.block_u))
+        grid = (layer.S * triton.cdiv(layer.B, plan.block_b), triton.cdiv(units, plan.block_u), 1)
         before = (*args, *layer.reverse)
         args = (*before, *((0, 1) if loops else (0,)), layer.T, layer.B, layer.S, *sizes)
         constants = (*constants, plan.block_u, plan.block_b, plan.block_k, self.precision)
@@ -112,7 +112,7 @@ class Call:
         """All steps of a kernel that loops: in one launch where the plan streams, else in one
         each."""
         if self.plan.streamed:
-            steps.grid = (steps.grid[0], 1)
+            steps.grid = (steps.grid[0], 1, 1)
             steps.args[steps.step_at + 1] = count
             steps(0)
         else:

@@ -19,8 +19,8 @@ def matmul_tiles(
     BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of one part of the sum: out [splits, N, M, L], part ``split`` over the K from
-    split * chunk. IO is the dtype the operands are multiplied in; *_ALIGNED that M, K are multiples
-    of 16, which lets loads be wide."""
+    split * chunk; chunk is a multiple of BLOCK_K unless it is all of K. IO is the dtype operands
+    are multiplied in; *_ALIGNED that M, K are multiples of 16, which lets loads be wide."""
     if M_ALIGNED:
         M = M // 16 * 16
     if K_ALIGNED:
@@ -40,8 +40,8 @@ def matmul_tiles(
     a_at = a + n * a_n + m.to(tl.int64) * a_m
     b_at = b + n * b_n + col.to(tl.int64) * b_l
     total = tl.zeros((BLOCK_M, BLOCK_L), out.dtype.element_ty)
-    for start in tl.range(split * chunk, tl.minimum(K, (split + 1) * chunk), BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
+    for start in tl.range(0, chunk, BLOCK_K):
+        k = split * chunk + (start + tl.arange(0, BLOCK_K))
         x = tl.load(a_at + k[None, :] * a_k, mask=(m < M) & (k[None, :] < K), other=0.0)
         y = tl.load(b_at + k[:, None] * b_k, mask=(k[:, None] < K) & (col < L), other=0.0)
         total = product(x.to(IO), y.to(IO), total, PRECISION)
@@ -58,6 +58,7 @@ def sum_parts(parts, out, count, splits, BLOCK: tl.constexpr):
     """out [count] = the sum of parts [splits, count], in ascending order."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), out.dtype.element_ty)
-    for split in tl.range(0, splits):
-        total += tl.load(parts + split.to(tl.int64) * count + at, mask=at < count, other=0.0)
+    for _ in tl.range(0, splits):
+        total += tl.load(parts + at, mask=at < count, other=0.0)
+        parts += count
     tl.store(out + at, total, mask=at < count)

@@ -285,8 +285,11 @@ def rnn_backward(dy, dh_n, w_hh, y, flags, reverse, relu):
 
 
 def _operand_dtype(a: Tensor, b: Tensor) -> torch.dtype:
-    """What a and b are multiplied in: the 16-bit dtype of either, else their own."""
-    return a.dtype if a.dtype.itemsize <= b.dtype.itemsize else b.dtype
+    """What a and b are multiplied in: the 16-bit dtype of either, else their own; float32 where
+    they have two different ones of 16 bits."""
+    if a.dtype.itemsize == b.dtype.itemsize:
+        return a.dtype if a.dtype == b.dtype else torch.float32
+    return min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
 
 
 def matrix_product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -313,9 +316,12 @@ def matrix_product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
         return out
     io = _operand_dtype(a, b)
     precision = precision_of(device, a.device.type, io)
-    plan = planning.matmul_plan(device, L, io, precision)
-    chunk = planning.matmul_chunk(K, L)
-    splits = max(1, triton.cdiv(K, chunk))
+    # The axis along which rows of a lie in memory: that of the sum in products of many rows, the
+    # other one in sums over many rows.
+    along = K if a.stride(2) == 1 else M
+    plan = planning.matmul_plan(device, L, io, precision, along % 16 == 0 and L % 16 == 0)
+    chunk = min(planning.matmul_chunk(K, L), K)
+    splits = triton.cdiv(K, chunk) if K else 1
     parts = out if splits == 1 else out.new_empty((splits, *out.shape))
     tiles = triton.cdiv(M, plan.block_m) * triton.cdiv(L, plan.block_l)
     sizes = (M, K, L, chunk, splits, M % 16 == 0, K % 16 == 0, bias is not None, TL_DTYPE[io])

@@ -17,32 +17,35 @@ RESET = tl.constexpr(2)
 @triton.jit
 def to_tf32(x):
     """float32 rounded to TF32's 10 bits, to nearest; the tensor cores by themselves cut off.
-    Infinities and NaN are left alone."""
+    Infinities, NaN, and what would round to infinity are left alone."""
     bits = x.to(tl.uint32, bitcast=True)
     rounded = ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
-    return tl.where(tl.abs(x) < float("inf"), rounded, x)
+    return tl.where(tl.abs(rounded) < float("inf"), rounded, x)
 
 
 @triton.jit
-def _tf32_rest(x, high):
-    """What to_tf32 has rounded away, itself in TF32; nothing where x is infinite."""
-    return tl.where(tl.abs(x) < float("inf"), to_tf32(x - high), 0.0)
+def _finite(x):
+    """x, or zero where it is infinite or NaN."""
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
 
 
 @triton.jit
 def product(a, b, total, PRECISION: tl.constexpr):
     """total + a @ b. PRECISION: "tf32" or "tf32x3" for float32 operands, else "ieee".
 
-    Where b is wider than a, of 16 bits, it is taken as the sum of two numbers of a's dtype, twice
-    the products for near twice the digits.
+    Where b is wider than a, of 16 bits, it is taken as the sum of three numbers of a's dtype: three
+    products for all of its digits.
     tf32x3 splits each operand in two TF32 numbers and leaves out the product of the small parts.
     Under interpretation 16-bit operands are widened first, because there tl.dot multiplies the raw
     bits of bfloat16 (seen with Triton 3.7.1); the widening loses nothing.
     """
     if b.dtype != a.dtype:
         high = b.to(a.dtype)
-        low = tl.where(tl.abs(high.to(b.dtype)) < float("inf"), b - high.to(b.dtype), 0.0)
-        total = product(a, low.to(a.dtype), total, PRECISION)
+        rest = _finite(b - high.to(b.dtype))
+        middle = rest.to(a.dtype)
+        low = (rest - middle.to(b.dtype)).to(a.dtype)
+        total = product(a, low, total, PRECISION)
+        total = product(a, middle, total, PRECISION)
         b = high
     if INTERPRETED:
         if a.dtype == tl.bfloat16 or a.dtype == tl.float16:
@@ -52,9 +55,10 @@ def product(a, b, total, PRECISION: tl.constexpr):
     else:
         a_high, b_high = to_tf32(a), to_tf32(b)
         if PRECISION == "tf32x3":
-            a_low, b_low = _tf32_rest(a, a_high), _tf32_rest(b, b_high)
-            total = tl.dot(a_low, b_high, total, input_precision="tf32")
-            total = tl.dot(a_high, b_low, total, input_precision="tf32")
+            # Products of infinities are in the last line; here they would meet zeros.
+            a_low, b_low = to_tf32(_finite(a - a_high)), to_tf32(_finite(b - b_high))
+            total = tl.dot(a_low, _finite(b_high), total, input_precision="tf32")
+            total = tl.dot(_finite(a_high), b_low, total, input_precision="tf32")
         total = tl.dot(a_high, b_high, total, input_precision="tf32")
     return total
 

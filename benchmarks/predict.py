@@ -1,0 +1,62 @@
+"""What the planner's model says a step should take on a GPU: `python -m benchmarks.predict`.
+
+Prints the table of docs/performance.md: for every shape of the registry (one layer of a case) the
+kernel chosen, the predicted microseconds of a step forward / backward, and in brackets what a
+forward step of torch.nn's path is taken to cost. No GPU is needed.
+"""
+
+import sys
+from dataclasses import replace
+
+import torch
+
+from benchmarks.cases import CASES
+from fused_rnn import plan
+from fused_rnn.plan import DEVICES, Shape
+
+COLUMNS = (
+    ("H200", torch.bfloat16, "ieee", "H200 bfloat16"),
+    ("H200", torch.float32, "tf32", "H200 TF32"),
+    ("A100", torch.bfloat16, "ieee", "A100 bfloat16"),
+    ("A100", torch.float32, "tf32", "A100 TF32"),
+)
+
+
+def cell_text(device: plan.Device, shape: Shape) -> str:
+    """One field: kernel, forward / backward (torch.nn)."""
+    forward = plan.choices(device, shape)[0]
+    backward = plan.choices(device, replace(shape, backward=True))[0]
+    theirs = plan.cudnn_step_us(device, shape)
+    kernels = {"block": "block", "streamed": "stream", "step": "step"}
+    return f"{kernels[forward.plan.kind]} {forward.total:.1f} / {backward.total:.1f} ({theirs:.1f})"
+
+
+def rows():
+    """One row for every different shape of the registry's LSTMs and GRUs."""
+    seen = set()
+    for case in CASES:
+        for cell in case.cells:
+            entries = 2 if case.bidirectional else 1
+            key = (cell, entries, case.B, case.H, case.proj)
+            if cell == "RNN" or key in seen:
+                continue
+            seen.add(key)
+            sizes = f"B={case.B} H={case.H}" + (f" P={case.proj}" if case.proj else "")
+            sizes += " both ways" if entries == 2 else ""
+            fields = []
+            for name, dtype, precision, _ in COLUMNS:
+                shape = Shape(cell.lower(), entries, case.B, case.H, dtype, case.proj)
+                fields.append(cell_text(DEVICES[name], replace(shape, precision=precision)))
+            yield (f"{cell} {sizes}", *fields)
+
+
+def table() -> str:
+    """The table in Markdown."""
+    lines = ["| layer | " + " | ".join(column[3] for column in COLUMNS) + " |"]
+    lines.append("| --- " * (1 + len(COLUMNS)) + "|")
+    lines += ["| " + " | ".join(row) + " |" for row in rows()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(table() + "\n")

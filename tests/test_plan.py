@@ -1,0 +1,144 @@
+"""The planner, without a GPU: every shape gets a plan that fits, and the choice follows it."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fused_rnn import backends, plan
+from fused_rnn.explain import explain
+from fused_rnn.plan import DEVICES, BlockPlan, Shape
+from fused_rnn.precision import fp32_precision
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@st.composite
+def shapes(draw):
+    cell = draw(st.sampled_from(["lstm", "gru", "rnn"]))
+    dtype = draw(st.sampled_from(DTYPES))
+    hidden = draw(st.integers(1, 8192))
+    return Shape(
+        cell,
+        draw(st.integers(1, 2000)),
+        draw(st.integers(1, 100_000)),
+        hidden,
+        dtype,
+        draw(st.integers(1, hidden)) if cell == "lstm" and draw(st.booleans()) else 0,
+        draw(st.booleans()) if cell == "gru" else True,
+        draw(st.sampled_from(plan.PRECISIONS)) if dtype == torch.float32 else "ieee",
+        draw(st.booleans()),
+    )
+
+
+@settings(deadline=None, max_examples=300)
+@given(shapes(), st.sampled_from(list(DEVICES)))
+def test_every_shape_gets_a_plan_that_fits(shape, name):
+    device = DEVICES[name]
+    chosen = plan.choose(device, shape)
+    found = plan.choices(device, shape)
+    assert chosen in [prediction.plan for prediction in found]
+    for prediction in found:
+        assert prediction.total > 0
+        p = prediction.plan
+        assert p.num_warps * device.warp <= 1024
+        if isinstance(p, BlockPlan):
+            assert p.block_h >= shape.H and not shape.proj
+            assert plan.held_bytes(shape) <= max(device.shared, 128 * 1024)
+        else:
+            assert not (p.streamed and shape.two_phases)
+            # Tiles of both operands, for every stage of the pipeline.
+            rows = 4 * p.block_u + p.block_b
+            assert rows * p.block_k * shape.itemsize * p.num_stages <= device.shared
+            # State is changed in place: an element that two threads hold would be a race.
+            assert p.num_warps * device.warp <= p.block_u * p.block_b
+        options = plan.options(device, p)
+        if "maxnreg" in options:
+            assert options["maxnreg"] * p.num_warps * 32 <= 65536
+
+
+@settings(deadline=None, max_examples=100)
+@given(shapes(), st.sampled_from(list(DEVICES)))
+def test_the_rows_enter_no_tile_but_by_size(shape, name):
+    """Batches of nearby sizes run the same kernel: only tiles chosen among few may differ."""
+    from dataclasses import replace
+
+    device = DEVICES[name]
+    kinds = {plan.choose(device, replace(shape, B=b)).kind for b in (1, 3, 32, 500, 100_000)}
+    assert len(kinds) == 1
+    tiles = {plan.tile_plan(device, replace(shape, B=b), False) for b in range(1, 33)}
+    blocks = {plan.block_plan(device, replace(shape, B=b)) for b in (1, 7, 100, 5000)}
+    assert len(tiles) == 1 and len(blocks) == 1
+
+
+def test_small_states_run_as_block_scans():
+    for cell, hidden, dtype in itertools.product(("lstm", "gru", "rnn"), (32, 64, 128), DTYPES[2:]):
+        for name in ("A100", "H100", "H200", "B200"):
+            shape = Shape(cell, 1, 32, hidden, dtype)
+            assert plan.choose(DEVICES[name], shape).kind == "block", (name, shape)
+
+
+def test_large_states_run_step_by_step():
+    for hidden in (1024, 2048):
+        shape = Shape("lstm", 1, 32, hidden, torch.bfloat16)
+        assert plan.choose(DEVICES["H200"], shape).kind == "step"
+
+
+def test_more_of_anything_takes_no_less_time():
+    """The model is monotone in rows, units and entries, plan by plan."""
+    device = DEVICES["H200"]
+    for cell, dtype in itertools.product(("lstm", "gru"), DTYPES[2:]):
+        base = Shape(cell, 1, 16, 64, dtype)
+        for bigger in (Shape(cell, 1, 4096, 64, dtype), Shape(cell, 300, 16, 64, dtype)):
+            small, large = (plan.predict(device, s, plan.choose(device, s)) for s in (base, bigger))
+            assert large.total >= small.total
+
+
+def test_matmul_plans_do_not_know_the_rows():
+    """A row's sums are taken in the same order whatever rows are beside it."""
+    for K, L in itertools.product((1, 2000, 4096, 1_000_000), (1, 64, 1024, 8192)):
+        chunk = plan.matmul_chunk(K, L)
+        parts = -(-K // chunk)
+        assert chunk % 128 == 0 and parts <= 64
+        assert parts * L <= max(8192, L)  # what partial sums may take of memory
+    for dtype, precision in ((d, p) for d in DTYPES for p in plan.PRECISIONS):
+        for device in DEVICES.values():
+            plans = [plan.matmul_plan(device, 64, dtype, precision, a) for a in (True, False)]
+            assert plans[0].block_k == plans[1].block_k
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_automatic_choice_on_a_gpu(dtype, monkeypatch):
+    """Ours where it is predicted to win, and for what torch.nn's path cannot do at any speed."""
+    monkeypatch.setattr(backends, "_has_gpu", lambda: True)
+    monkeypatch.setattr(backends, "_interpreting", lambda: False)
+    monkeypatch.setattr(plan, "device_of", lambda index: DEVICES["H200"])
+
+    def choose(hidden, **fields):
+        sizes = {"device_index": 0, "rows": 32, "hidden": hidden}
+        return backends.choose(backends.Request("lstm", "cuda", dtype, **sizes, **fields))
+
+    assert choose(1024, flags=True) == "triton"
+    assert choose(1024, cells=True) == "triton"
+    if dtype.itemsize == 2:
+        assert choose(64) == "triton" and choose(128) == "triton"
+    monkeypatch.setattr(plan, "torch_is_faster", lambda device, shape: True)
+    assert choose(2048) == "torch"
+    assert choose(None) == "triton"  # compiled, or under a transform
+    if dtype == torch.float32:
+        with fp32_precision("tf32x3"):
+            assert choose(2048) == "triton"  # torch.nn's path would not follow
+
+
+def test_explain_tells_the_prediction(monkeypatch):
+    monkeypatch.setattr(backends, "_has_gpu", lambda: True)
+    monkeypatch.setattr(backends, "_interpreting", lambda: False)
+    monkeypatch.setattr(plan, "device_of", lambda index: DEVICES["H200"])
+    monkeypatch.setattr(plan, "torch_is_faster", lambda device, shape: True)
+    text = explain(torch.nn.LSTM(8, 512), device="cuda")
+    assert text.startswith("lstm on cuda, float32: torch")
+    assert "triton: torch.nn's path is predicted to be faster at B = 32, H = 512" in text
+    monkeypatch.setattr(plan, "torch_is_faster", lambda device, shape: False)
+    assert explain(torch.nn.LSTM(8, 512), device="cuda").startswith("lstm on cuda, float32: triton")
