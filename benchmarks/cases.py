@@ -70,6 +70,7 @@ class Job:
 BOTH = ("LSTM", "GRU")
 INFERENCE = ("inference",)
 TRAINING = ("training",)
+GPU = "gpu"  # a use that --full leaves out on a CPU, where it would take hours
 
 CASES = (
     # One step at a time, one stream: audio, sensors, a robot's control loop.
@@ -108,6 +109,21 @@ CASES = (
     Case("speech", "h256", 250, 8, 80, 256, bidirectional=True, quick=BOTH),
     Case("speech", "h512", 400, 8, 160, 512, bidirectional=True),
     Case("speech", "three_layers", 300, 16, 80, 320, cells=("LSTM",), layers=3, bidirectional=True),
+    # Shapes that reach every kind of GPU kernel: weights on one multiprocessor (H <= 128) with many
+    # rows and few, and a launch a step (H >= 256); then rows that end early or start anew.
+    Case(GPU, "h64", 512, 64, 64, 64),
+    Case(GPU, "h128", 512, 64, 128, 128),
+    Case(GPU, "h256", 256, 32, 256, 256),
+    Case(GPU, "h512", 256, 32, 512, 512),
+    Case(GPU, "h1024", 256, 32, 1024, 1024),
+    Case(GPU, "h64_b16", 512, 16, 64, 64),
+    Case(GPU, "h128_b16", 512, 16, 128, 128),
+    Case(GPU, "h64_both", 512, 64, 64, 64, bidirectional=True),
+    Case(GPU, "h128_both", 512, 64, 128, 128, bidirectional=True),
+    Case(GPU, "ragged_h128", 512, 64, 128, 128, min_length=0.1),
+    Case(GPU, "ragged_h512", 256, 32, 512, 512, min_length=0.1),
+    Case(GPU, "resets_h128", 512, 64, 128, 128, state=True, reset_rate=0.002),
+    Case(GPU, "resets_h512", 256, 32, 512, 512, state=True, reset_rate=0.002),
 )  # fmt: skip
 
 
@@ -129,10 +145,12 @@ def choose(kind, wanted, existing):
 
 
 def find_cases(names, cases=CASES):
-    """Cases by full name (`speech/h256`) or by use (`speech`: all its variants)."""
+    """Cases by full name (`speech/h256`) or by use (`speech`: all its variants), in the order of
+    the names."""
     uses = list(dict.fromkeys(case.use for case in cases))
     chosen = choose("case", names, uses + [case.name for case in cases])
-    return [case for case in cases if case.use in chosen or case.name in chosen]
+    named = (case for name in chosen for case in cases if name in (case.use, case.name))
+    return list(dict.fromkeys(named))
 
 
 def resize(case, *, T=(), B=(), I=(), H=()):
@@ -149,19 +167,26 @@ def resize(case, *, T=(), B=(), I=(), H=()):
     return variants
 
 
-def select(names=(), *, full=False, cells=(), modes=(), dtypes=("float32",), sizes=None):
+def select(
+    names=(), *, full=False, cells=(), modes=(), dtypes=("float32",), sizes=None, device="cpu"
+):
     """Jobs for a command line.
 
     Without names: the quick selection, or everything with `full`. A use named without `full` runs
-    its quick variants (all of them where it has none); a full name runs as it is.
+    its quick variants (all of them where it has none); a full name runs as it is. The use "gpu"
+    runs where it is named, and with `full` on a GPU.
     """
     cells = choose("cell", cells, CELLS)
     modes = choose("mode", modes, MODES)
+    quick_uses = {case.use for case in CASES if case.quick}
     jobs = []
     for case in find_cases(names) if names else CASES:
         by_full_name = case.name.lower() in {name.lower() for name in names}
-        run_cells = case.cells if full or by_full_name or cells else case.quick
-        if not (full or by_full_name or case.quick):
+        whole = full or by_full_name or (names and case.use not in quick_uses)
+        run_cells = case.cells if whole or cells else case.quick
+        if not (whole or case.quick):
+            continue
+        if case.use == GPU and not names and device == "cpu":
             continue
         for resized in resize(case, **(sizes or {})):
             for dtype, cell, mode in product(dtypes, run_cells, resized.modes):

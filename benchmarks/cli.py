@@ -41,6 +41,14 @@ def _sizes(text):
     return sizes
 
 
+def _device(text):
+    try:
+        torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device; cpu, cuda or cuda:1") from None
+    return text
+
+
 def make_parser():
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
@@ -61,10 +69,12 @@ def make_parser():
         add(f"-{axis}", type=_sizes, default=[], metavar="N,N", help=about)
     add("--providers", type=_names, default=[], metavar="NAMES",
         help=f"default {','.join(providers.DEFAULT)}; ours:all: each backend")  # fmt: skip
-    add("--device", default="cpu", help="cpu (default) or cuda")
+    add("--device", type=_device, default="cpu", help="cpu (default) or cuda")
     add("--threads", type=int, metavar="N", help="torch's and ONNX Runtime's threads")
     add("--budget", type=float, metavar="S",
         help=f"seconds of timing a row; default {QUICK_S}, with --full {FULL_S}")  # fmt: skip
+    add("--limit", type=float, metavar="S",
+        help="begin no further row after so many seconds; what is done is written")  # fmt: skip
     add("--out", type=pathlib.Path, default=pathlib.Path("build/bench"), metavar="DIR",
         help="for results.csv, results.json, ratios.png; default build/bench")  # fmt: skip
     add("--compare", nargs=2, metavar=("A", "B"), help="compare two results.json, and stop")
@@ -125,6 +135,7 @@ def benchmark(options):
         modes=options.modes,
         dtypes=choose("dtype", options.dtypes, DTYPES),
         sizes={axis: getattr(options, axis) for axis in "TBIH"},
+        device=torch.device(options.device).type,
     )
     if not jobs:
         raise UnknownName("no case has these cells and modes; see --list")
@@ -135,8 +146,14 @@ def benchmark(options):
         print(note, file=sys.stderr)
     budget = options.budget if options.budget is not None else FULL_S if options.full else QUICK_S
     with threads(options.threads):
-        progress = Progress(len(jobs))
-        result = run(jobs, present, budget_s=budget, device=options.device, progress=progress)
+        result = run(
+            jobs,
+            present,
+            budget_s=budget,
+            device=options.device,
+            progress=Progress(len(jobs)),
+            limit_s=options.limit,
+        )
     print(report.table(result))
     print("\n".join(write(result, options.out)))
     return 1 if any(row["status"] in FAILURES for row in result["rows"]) else 0

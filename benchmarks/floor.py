@@ -5,6 +5,7 @@ and dot product. The floor of a call is the larger of operations / rate and weig
 bandwidth.
 """
 
+import contextlib
 import functools
 import time
 
@@ -51,6 +52,21 @@ def _best(call, device):
     return min(times)
 
 
+@contextlib.contextmanager
+def _precision_of_rnns(device):
+    """On a GPU torch takes float32 products of RNNs and of torch.mm by different rules, RNNs in
+    TF32 by default: a floor taken by the other rule would be none."""
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 @functools.cache
 def mm_rate(rows, inner, columns, dtype, device, num_threads):
     """Operations a second of torch.mm; num_threads is there for the cache."""
@@ -58,7 +74,8 @@ def mm_rate(rows, inner, columns, dtype, device, num_threads):
     a = torch.randn(rows, inner, device=device).to(dtype)
     b = torch.randn(inner, columns, device=device).to(dtype)
     out = torch.empty(rows, columns, device=device, dtype=dtype)
-    return 2 * rows * inner * columns / _best(lambda _: torch.mm(a, b, out=out), device)
+    with _precision_of_rnns(device):
+        return 2 * rows * inner * columns / _best(lambda _: torch.mm(a, b, out=out), device)
 
 
 @functools.cache

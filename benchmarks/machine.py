@@ -1,6 +1,8 @@
-"""What a result was measured with: versions, processor, commit, date. No host names, no paths."""
+"""What a result was measured with: versions, processor, commit, kernels, date. No host names, no
+paths."""
 
 import datetime
+import hashlib
 import importlib.metadata
 import os
 import pathlib
@@ -8,6 +10,8 @@ import platform
 import subprocess
 
 import torch
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def version_of(package):
@@ -31,12 +35,25 @@ def cpu_name():
 def commit():
     """Hash of the checked-out commit, with -dirty where files differ; empty without git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    here = pathlib.Path(__file__).parent
     try:
-        done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def kernel_hash(root=ROOT):
+    """A hash of the GPU kernels' sources and of the plan that chooses among them, under `root`.
+
+    Results keep it, so that one sees without git whether the kernels are newer than the results.
+    """
+    digest = hashlib.sha256()
+    sources = [*(root / "fused_rnn" / "triton").glob("*.py"), root / "fused_rnn" / "plan.py"]
+    for path in sorted(sources):
+        content = path.read_bytes()
+        # The length keeps the end of one file apart from the beginning of the next.
+        digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:16]
 
 
 def load():
@@ -66,6 +83,7 @@ def describe(device):
     device = torch.device(device)
     on_gpu = device.type == "cuda"
     versions = ("torch", "triton", "onnxruntime", "fused_rnn")
+    toolkit = torch.version.hip or torch.version.cuda
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
         "cpu": cpu_name(),
@@ -73,6 +91,9 @@ def describe(device):
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: torch.__version__ if name == "torch" else version_of(name) for name in versions},
+        "gpu_toolkit": toolkit if on_gpu else "",
+        "cudnn": torch.backends.cudnn.version() if on_gpu else "",
         "commit": commit(),
+        "kernel_hash": kernel_hash(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }

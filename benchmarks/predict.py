@@ -2,9 +2,11 @@
 
 Prints the table of docs/performance.md: for every shape of the registry (one layer of a case) the
 kernel chosen, the predicted microseconds of a step forward / backward, and in brackets what a
-forward step of torch.nn's path is taken to cost. No GPU is needed.
+forward step of torch.nn's path is taken to cost. No GPU is needed. With --write the table goes into
+the document.
 """
 
+import pathlib
 import sys
 from dataclasses import replace
 
@@ -24,8 +26,8 @@ COLUMNS = (
 
 def cell_text(device: plan.Device, shape: Shape) -> str:
     """One field: kernel, forward / backward (torch.nn)."""
-    forward = plan.choices(device, shape)[0]
-    backward = plan.choices(device, replace(shape, backward=True))[0]
+    forward = plan.chosen(device, shape)
+    backward = plan.chosen(device, replace(shape, backward=True))
     theirs = plan.cudnn_step_us(device, shape)
     kernels = {"block": "block", "streamed": "stream", "step": "step"}
     return f"{kernels[forward.plan.kind]} {forward.total:.1f} / {backward.total:.1f} ({theirs:.1f})"
@@ -58,5 +60,18 @@ def table() -> str:
     return "\n".join(lines)
 
 
+DOCUMENT = pathlib.Path(__file__).parent.parent / "docs/performance.md"
+BEGIN, END = "<!-- predictions -->\n", "<!-- end -->"
+
+
+def written(text: str) -> str:
+    """The document with its table replaced by the present one."""
+    before, _, rest = text.partition(BEGIN)
+    return before + BEGIN + table() + "\n" + END + rest.partition(END)[2]
+
+
 if __name__ == "__main__":
-    sys.stdout.write(table() + "\n")
+    if sys.argv[1:] == ["--write"]:
+        DOCUMENT.write_text(written(DOCUMENT.read_text()))
+    else:
+        sys.stdout.write(table() + "\n")

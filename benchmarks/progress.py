@@ -45,5 +45,5 @@ class Progress:
 
     def close(self):
         self._clear()
-        self.stream.write(f"{self.total} done in {duration(time.perf_counter() - self.begin)}\n")
+        self.stream.write(f"{self.done} done in {duration(time.perf_counter() - self.begin)}\n")
         self.stream.flush()

@@ -120,6 +120,23 @@ def ours_backends():
         return {}
 
 
+@contextlib.contextmanager
+def _choices():
+    """The names of the backends that calls of fused_rnn get while the context lasts."""
+    backends = importlib.import_module("fused_rnn.backends")
+    choose, names = backends.choose, []
+
+    def recording(*args, **options):
+        names.append(choose(*args, **options))
+        return names[-1]
+
+    backends.choose = recording
+    try:
+        yield names
+    finally:
+        backends.choose = choose
+
+
 class OursProvider:
     """fused_rnn, by its own choice or on one backend."""
 
@@ -157,15 +174,20 @@ class OursProvider:
                 return package.use_backend(self.backend)
 
         runner = ModuleRunner(problem, module, forward, context)
-        runner.backend = self._chosen(package, module, options)
+        runner.backend = self._chosen(package, module, options, runner)
         return runner
 
-    def _chosen(self, package, module, options):
-        """The backend by name; for the automatic choice, what fused_rnn.explain says of it."""
-        if self.backend != "auto" or not hasattr(package, "explain"):
+    def _chosen(self, package, module, options, runner):
+        """The backend by name; for the automatic choice also what it is for this problem. On a GPU
+        it depends on sizes and may differ from layer to layer, so a call is watched."""
+        if self.backend != "auto":
             return self.backend
-        said = package.explain(module, **dict.fromkeys(options, True))
-        return f"auto:{said.splitlines()[0].rpartition(': ')[2].split()[0]}"
+        if self.compiled:  # a call that is watched would be compiled otherwise
+            said = package.explain(module, **dict.fromkeys(options, True))
+            return f"auto:{said.splitlines()[0].rpartition(': ')[2].split()[0]}"
+        with _choices() as names:
+            runner.results()
+        return f"auto:{'+'.join(dict.fromkeys(names))}"
 
     def refuses(self, error):
         """Whether an exception says that the backend does not take such a call."""

@@ -1,5 +1,7 @@
 """One run: every job through the gate, the clock and into rows."""
 
+import time
+
 import torch
 
 from benchmarks import machine
@@ -106,14 +108,18 @@ def run_job(job, providers, budget_s, device="cpu", metadata=None):
     return list(rows.values())
 
 
-def run(jobs, providers, *, budget_s, device, progress):
-    """All jobs; returns {"meta": ..., "rows": [...]}."""
+def run(jobs, providers, *, budget_s, device, progress, limit_s=None):
+    """All jobs, or those that begin within `limit_s`; returns {"meta": ..., "rows": [...]}."""
     metadata = machine.describe(device)
     before = machine.load()
     if machine.busy(before):
         progress.note(f"note: the machine is busy (load {before}); times will say little")
-    rows = []
-    for job in jobs:
+    rows, begin = [], time.perf_counter()
+    for number, job in enumerate(jobs):
+        if limit_s is not None and time.perf_counter() - begin >= limit_s:
+            left_out = len(jobs) - number
+            progress.note(f"note: {left_out} of {len(jobs)} jobs are left out: {limit_s:g} s over")
+            break
         progress.start(f"{job.case.name} {job.cell} {job.mode} {job.dtype}")
         new = run_job(job, providers, budget_s, device, metadata)
         for row in new:

@@ -1,6 +1,7 @@
 """python -m fused_rnn info | verify: what is here, and whether its numbers hold."""
 
 import argparse
+import contextlib
 import itertools
 import os
 import platform
@@ -12,6 +13,7 @@ import torch
 
 import fused_rnn
 from fused_rnn import backends
+from fused_rnn.precision import fp32_precision
 from fused_rnn.testing import Case, check
 
 _ISA = ("portable", "AVX2", "AVX-512")
@@ -71,9 +73,28 @@ def _progress(done: int, total: int, label: str) -> None:
         print(f"\r[{bar}] {done}/{total} {label:<30.30}", end=end, file=sys.stderr, flush=True)
 
 
-def verify(names: list[str] | None, dtypes: list[torch.dtype]) -> int:
-    """Run backends on the grid against float64 and print the largest error of each result as a
-    share of its budget. 0 where every one holds."""
+def device_for(backend: str) -> str:
+    """Where `verify` runs a backend: the Triton kernels on a GPU where there is one and they are
+    not interpreted, all else on the CPU."""
+    request = backends.Request("lstm", "cuda", torch.float32)
+    on_gpu = backend == "triton" and torch.cuda.is_available()
+    return "cuda" if on_gpu and backends.why_not(backend, request) is None else "cpu"
+
+
+def _precision(device: str):
+    """float32 products of the context: ieee on a GPU, because the budget is float32's."""
+    return fp32_precision("ieee") if device == "cuda" else contextlib.nullcontext()
+
+
+def verify(
+    names: list[str] | None, dtypes: list[torch.dtype], device: str | None = None, every: int = 1
+) -> int:
+    """Run backends on every ``every``-th case of the grid against float64 and print the largest
+    error of each result as a share of its budget. 0 where every one holds. ``device``: cpu or
+    cuda; None is ``device_for`` each backend."""
+    if device == "cuda" and not torch.cuda.is_available():
+        print("--device cuda: there is no GPU that torch can use", file=sys.stderr)
+        return 2
     available = backends.available_backends()
     for name in names or []:
         if name not in available or available[name] is not None:
@@ -82,23 +103,26 @@ def verify(names: list[str] | None, dtypes: list[torch.dtype]) -> int:
             return 2
     # torch.nn's own path is what errors are measured by; it is run when asked for.
     names = names or [n for n, reason in available.items() if reason is None and n != "torch"]
-    cases, rows, faults, skipped = grid(dtypes), {}, [], dict.fromkeys(names, 0)
+    devices = {name: device or device_for(name) for name in names}
+    cases, rows, faults, skipped = grid(dtypes)[::every], {}, [], dict.fromkeys(names, 0)
     for done, case in enumerate(cases, 1):
         _progress(done, len(cases), str(case))
-        request = backends.Request(
-            case.cell,
-            "cpu",
-            case.dtype,
-            case.reverse,
-            case.lengths or case.reset,
-            case.cells,
-            case.reset_after,
-        )
         for name in names:
+            request = backends.Request(
+                case.cell,
+                devices[name],
+                case.dtype,
+                case.reverse,
+                case.lengths or case.reset,
+                case.cells,
+                case.reset_after,
+            )
             if backends.why_not(name, request) is not None:
                 skipped[name] += 1
                 continue
-            for verdict in check(case, name):
+            with _precision(devices[name]):
+                verdicts = check(case, name, device=devices[name])
+            for verdict in verdicts:
                 kind = "gradients" if verdict.name.startswith("d") else "outputs"
                 key = (name, case.cell, str(case.dtype)[6:], kind)
                 used = verdict.error / verdict.budget if verdict.budget else verdict.error > 0
@@ -116,9 +140,12 @@ def verify(names: list[str] | None, dtypes: list[torch.dtype]) -> int:
         )
     for name, count in skipped.items():
         if count:
-            print(f"{name}: {count} of {len(cases)} cases are not for it")
+            print(f"{name}: {count} of {len(cases)} cases are not for it on {devices[name]}")
     for fault in faults:
         print(f"FAULT {fault}")
+    if not rows:
+        print("verify: nothing was checked")
+        return 2
     print("verify: " + (f"{len(faults)} faults" if faults else "all results hold"))
     return 1 if faults else 0
 
@@ -137,11 +164,22 @@ def main(arguments: list[str] | None = None) -> int:
         choices=("float32", "float64", "bfloat16", "float16"),
         help="only this one; may be repeated",
     )
+    command.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="where to run; default: the triton backend on a GPU where there is one, else the CPU",
+    )
+    command.add_argument(
+        "--every", type=int, default=1, metavar="N", help="only every N-th case of the grid"
+    )
     options = parser.parse_args(arguments)
     if options.command == "info":
         return info()
     names = options.dtype or ["float32", "float64", "bfloat16", "float16"]
-    return verify(options.backend, [getattr(torch, name) for name in names])
+    if options.every < 1:
+        parser.error("--every must be positive")
+    dtypes = [getattr(torch, name) for name in names]
+    return verify(options.backend, dtypes, options.device, options.every)
 
 
 if __name__ == "__main__":

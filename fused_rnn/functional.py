@@ -1,5 +1,8 @@
 """lstm(), gru() and rnn() on tensors: validation, backend choice, one layer at a time."""
 
+import contextlib
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -110,6 +113,18 @@ def _needs_gradient(inputs: LayerInputs) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
+@contextlib.contextmanager
+def _no_chunk_warning(x: Tensor):
+    """Silence about weights that do not lie one after another in memory, as cuDNN has them: our
+    modules do not lay them out, and cuDNN's path copies them, a copy for a whole sequence."""
+    if x.device.type != "cuda" or torch.compiler.is_compiling():
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="RNN module weights are not part of single")
+        yield
+
+
 def _torch_layer(cell: str, inputs: LayerInputs, stack: int, relu: bool):
     """One layer by torch.nn's own path (oneDNN, cuDNN, ...)."""
     weights = []
@@ -119,12 +134,13 @@ def _torch_layer(cell: str, inputs: LayerInputs, stack: int, relu: bool):
     bias = inputs.b_ih is not None
     common = (weights, bias, 1, 0.0, torch.is_grad_enabled(), stack == 2, False)
     x, h0 = inputs.x.contiguous(), inputs.h0.contiguous()
-    if cell == "lstm":
-        y, h_n, c_n = torch._VF.lstm(x, (h0, inputs.c0.contiguous()), *common)
-    else:
-        path = {"gru": torch._VF.gru, "rnn": torch._VF.rnn_relu if relu else torch._VF.rnn_tanh}
-        y, h_n = path[cell](x, h0, *common)
-        c_n = None
+    with _no_chunk_warning(x):
+        if cell == "lstm":
+            y, h_n, c_n = torch._VF.lstm(x, (h0, inputs.c0.contiguous()), *common)
+        else:
+            path = {"gru": torch._VF.gru, "rnn": torch._VF.rnn_relu if relu else torch._VF.rnn_tanh}
+            y, h_n = path[cell](x, h0, *common)
+            c_n = None
     return y.unflatten(-1, (stack, h_n.shape[-1])), h_n, c_n, None
 
 

@@ -68,7 +68,7 @@ def test_a_wrong_dtype_is_refused():
 
 def test_explain():
     module = fused_rnn.LSTM(3, 5, bidirectional=True)
-    assert fused_rnn.explain(module).startswith("lstm on cpu, float32: cpu (the first that can)")
+    assert fused_rnn.explain(module).startswith("lstm on cpu, float32: cpu (chosen by itself)")
     text = fused_rnn.explain(torch.nn.GRUCell(2, 3), lengths=True, dtype=torch.bfloat16)
     assert text.startswith("gru on cpu, bfloat16: cpu")
     assert "torch: torch.nn's path has no lengths or reset" in text
@@ -94,6 +94,40 @@ def test_verify(capsys, monkeypatch):
     assert "all results hold" in capsys.readouterr().out
     assert command.main(["verify", "--backend", "cuda"]) == 2
     assert "no such backend" in capsys.readouterr().err
+
+
+def test_verify_on_a_device(capsys, monkeypatch):
+    """--device decides where backends run; one that cannot run there is not counted as holding."""
+    monkeypatch.setattr(command, "grid", lambda dtypes: full(dtypes)[:4])
+    ran = []
+
+    def recording(case, name, **options):
+        ran.append(options["device"])
+        return []
+
+    monkeypatch.setattr(command, "check", recording)
+    arguments = ["verify", "--backend", "reference", "--dtype", "float32"]
+    command.main([*arguments, "--device", "cpu", "--every", "2"])
+    assert ran == ["cpu"] * 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command.main([*arguments, "--device", "cuda"]) == 2
+    assert "no GPU that torch can use" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    command.main([*arguments, "--device", "cuda"])
+    assert ran[2:] == ["cuda"] * 4
+    assert command.main(["verify", "--backend", "cpu", "--device", "cuda"]) == 2
+    said = capsys.readouterr().out
+    assert "cpu: 4 of 4 cases are not for it on cuda" in said and "nothing was checked" in said
+
+
+@pytest.mark.parametrize("interpreting", [False, True])
+def test_where_verify_runs_a_backend_by_itself(interpreting, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", str(int(interpreting)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert command.device_for("triton") == ("cpu" if interpreting else "cuda")
+    assert command.device_for("cpu") == command.device_for("reference") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command.device_for("triton") == "cpu"
 
 
 full = command.grid

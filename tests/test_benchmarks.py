@@ -67,7 +67,8 @@ class Wrong(providers.TorchProvider):
 def test_registry_names_are_unique_and_cover_every_use():
     names = [case.name for case in CASES]
     assert len(set(names)) == len(names)
-    uses = {case.use for case in CASES}
+    assert not any(case.quick for case in CASES if case.use == cases.GPU)
+    uses = {case.use for case in CASES} - {cases.GPU}
     assert {"streaming", "online", "reinforcement_learning", "tagging"} <= uses
     assert {"time_series", "language_model", "ragged", "speech"} <= uses
     for use in uses:
@@ -93,11 +94,17 @@ def test_invalid_cases_are_refused():
 
 def test_selection():
     quick = cases.select()
-    assert {job.case.use for job in quick} == {case.use for case in CASES}
+    assert {job.case.use for job in quick} == {case.use for case in CASES} - {cases.GPU}
+    assert cases.GPU not in {job.case.use for job in cases.select(full=True)}
+    assert cases.GPU in {job.case.use for job in cases.select(full=True, device="cuda")}
+    shapes = {case.name for case in CASES if case.use == cases.GPU}
+    assert {job.case.name for job in cases.select([cases.GPU])} == shapes
     assert len(cases.select(full=True)) > len(quick)
     assert all(
         j.case.use == "speech" and j.cell == "GRU" for j in cases.select(["speech"], cells=["gru"])
     )
+    uses = [job.case.use for job in cases.select(["ragged", "gpu", "ragged/h128"])]
+    assert list(dict.fromkeys(uses)) == ["ragged", "gpu"] and uses[-1] == "gpu"
     resized = cases.select(["speech/h512"], modes=["training"], sizes={"H": [8, 16], "T": [2]})
     assert {(job.case.T, job.case.H) for job in resized} == {(2, 8), (2, 16)}
     assert len({job.case.name for job in resized}) == 2
@@ -393,6 +400,7 @@ COLUMNS = [
     "cpu",
     "instruction_set",
     "commit",
+    "kernel_hash",
     "date",
 ]
 
@@ -433,6 +441,23 @@ def test_results_name_no_path_and_no_host(results):
     text = (results[0] / "results.json").read_text()
     assert str(pathlib.Path.home()) not in text and str(results[0]) not in text
     assert f'"{socket.gethostname()}"' not in text
+
+
+def test_a_limit_of_time_leaves_rows_out_and_says_so(tmp_path, capsys):
+    arguments = [*SMALL_RUN, "--providers", "torch", "--budget", "0", "--out", str(tmp_path)]
+    assert main([*arguments, "--limit", "0"]) == 0
+    assert "left out" in capsys.readouterr().err
+    assert report.read_json(tmp_path / "results.json")["rows"] == []
+
+
+def test_the_automatic_choice_is_named_by_what_ran(monkeypatch):
+    """On a GPU it depends on sizes, layer by layer; a call is watched."""
+    from fused_rnn import backends
+
+    choices = iter(["reference", "cpu"])
+    monkeypatch.setattr(backends, "choose", lambda *_: next(choices, "cpu"))
+    runner = providers.OursProvider().prepare(make_problem(tiny(layers=2)))
+    assert runner.backend == "auto:reference+cpu"
 
 
 def test_compare_of_two_files(results, capsys):

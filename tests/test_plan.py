@@ -142,3 +142,11 @@ def test_explain_tells_the_prediction(monkeypatch):
     assert "triton: torch.nn's path is predicted to be faster at B = 32, H = 512" in text
     monkeypatch.setattr(plan, "torch_is_faster", lambda device, shape: False)
     assert explain(torch.nn.LSTM(8, 512), device="cuda").startswith("lstm on cuda, float32: triton")
+
+
+def test_the_document_has_the_present_predictions():
+    """docs/performance.md holds what `python -m benchmarks.predict --write` would put there."""
+    from benchmarks import predict
+
+    text = predict.DOCUMENT.read_text()
+    assert predict.table() in text and text == predict.written(text)

@@ -102,16 +102,7 @@ def gru_backward_tiles(
             state = lane * H + units
             first_h = load(h0, at_row, 0, 1, H, state, there, ACC)
             inner = there & (initial == 0) & (cut == 0)
-            h_prev = load(
-                y,
-                row_of(before, B, 1, first_row),
-                s,
-                S,
-                H,
-                unit_at,
-                inner,
-                ACC,
-            )
+            h_prev = load(y, row_of(before, B, 1, first_row), s, S, H, unit_at, inner, ACC)
             h_prev = tl.where(cut, 0.0, tl.where(initial, first_h, h_prev))
 
             w_at, w_ok = weight_rows(s, u, H, D, 1, 1, BLOCK_U)
@@ -119,16 +110,7 @@ def gru_backward_tiles(
             x, x_ok = ds + ((q + 1) % 2) * half + at_row * D, rows_ok & (q > 0)
             d = tile_product(w, w_at, w_ok, x, lane, x_ok, D, d, BLOCK_K, PRECISION)
             handed = tl.where(handed_cut, 0.0, d + load(dh, at_row, 0, 1, H, state, ok, ACC))
-            d = handed + load(
-                dy,
-                row_of(t, dy_t, dy_b, first_row),
-                s,
-                S,
-                H,
-                dy_at,
-                there,
-                ACC,
-            )
+            d = handed + load(dy, row_of(t, dy_t, dy_b, first_row), s, S, H, dy_at, there, ACC)
             dr, dz, dn, dhn, new_dh = cell.gru_after_backward(r, z, n, hn, h_prev, d)
             store(dh, at_row, 0, 1, H, state, tl.where(ended | (q == T), handed, new_dh), ok)
             dr, dz = tl.where(ended, 0.0, dr), tl.where(ended, 0.0, dz)
@@ -179,16 +161,7 @@ def gru_before_gates_tiles(
     row = row_of(t, B, 1, first_row)
     keep = ok & (keep_gates != 0)
     store(gates, row, s, S, 3 * H, gates_at, tl.where(ended, 0.0, r), keep)
-    store(
-        gates,
-        row,
-        s,
-        S,
-        3 * H,
-        H + gates_at,
-        tl.where(ended, 0.0, z),
-        keep,
-    )
+    store(gates, row, s, S, 3 * H, H + gates_at, tl.where(ended, 0.0, z), keep)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -211,14 +184,7 @@ def gru_before_candidate_tiles(
     unit_at = lanes(lane, 1, S, H) + units
     gates_at = lanes(lane, 1, S, 3 * H) + units
     x_n = load(
-        gates_x,
-        row_of(t, gates_x_t, gates_x_b, first_row),
-        s,
-        S,
-        3 * H,
-        2 * H + x_at,
-        ok,
-        ACC,
+        gates_x, row_of(t, gates_x_t, gates_x_b, first_row), s, S, 3 * H, 2 * H + x_at, ok, ACC
     )
     w_at = ((s * 3 + 2) * H + units) * K
     a = tl.zeros((BLOCK_U, BLOCK_B), ACC)
@@ -236,16 +202,7 @@ def gru_before_candidate_tiles(
     row = row_of(t, B, 1, first_row)
     store(y, row, s, S, H, unit_at, tl.where(ended, 0.0, new_h), ok)
     keep = ok & (keep_gates != 0)
-    store(
-        gates,
-        row,
-        s,
-        S,
-        3 * H,
-        2 * H + gates_at,
-        tl.where(ended, 0.0, n),
-        keep,
-    )
+    store(gates, row, s, S, 3 * H, 2 * H + gates_at, tl.where(ended, 0.0, n), keep)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

@@ -49,16 +49,7 @@ def lstm_forward_tiles(
             gates_at = lanes(lane, 1, S, 4 * H) + units
             row = row_of(t, gates_x_t, gates_x_b, first_row)
             x_i, x_f, x_g = load3(gates_x, row, s, S, 4 * H, H, x_at, ok, ACC)
-            x_o = load(
-                gates_x,
-                row,
-                s,
-                S,
-                4 * H,
-                3 * H + x_at,
-                ok,
-                ACC,
-            )
+            x_o = load(gates_x, row, s, S, 4 * H, 3 * H + x_at, ok, ACC)
             w_at, w_ok = weight_rows(s, u, H, K, 4, 4, BLOCK_U)
             a = tl.zeros((4 * BLOCK_U, BLOCK_B), ACC)
             x_ok = rows_ok & (cut == 0)
@@ -116,16 +107,7 @@ def lstm_project_tiles(
     h_old = load(hs + (first % 2) * half, at_row, 0, 1, D, at, ok, ACC)
     new = tl.where(ended, h_old, h)
     store(hs + ((first + 1) % 2) * half, at_row, 0, 1, D, at, new, ok)
-    store(
-        y,
-        row_of(t, B, 1, first_row),
-        s,
-        S,
-        P,
-        unit_at,
-        tl.where(ended, 0.0, h),
-        ok,
-    )
+    store(y, row_of(t, B, 1, first_row), s, S, P, unit_at, tl.where(ended, 0.0, h), ok)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -189,16 +171,7 @@ def lstm_backward_tiles(
                 dm = tl.where(handed_cut, 0.0, dm)
                 kept = tl.where(ended | (q == T), dm, 0.0)
                 store(dh, at_row, 0, 1, H, state, kept, ok)
-                dm += load(
-                    dy,
-                    row_of(t, dy_t, dy_b, first_row),
-                    s,
-                    S,
-                    H,
-                    dy_at,
-                    there,
-                    ACC,
-                )
+                dm += load(dy, row_of(t, dy_t, dy_b, first_row), s, S, H, dy_at, there, ACC)
             di, df, dg, d_o, new_dc = cell.lstm_backward(i, f, g, o, c, c_prev, dm, dc_now + dc_old)
             store(dc, at_row, 0, 1, H, state, tl.where(ended | (q == T), dc_old, new_dc), ok)
             di, df = tl.where(ended, 0.0, di), tl.where(ended, 0.0, df)

@@ -38,14 +38,7 @@ def rnn_forward_tiles(
             x_at = lanes(lane, gates_x_b, S, H) + units
             unit_at = lanes(lane, 1, S, H) + units
             x_now = load(
-                gates_x,
-                row_of(t, gates_x_t, gates_x_b, first_row),
-                s,
-                S,
-                H,
-                x_at,
-                ok,
-                ACC,
+                gates_x, row_of(t, gates_x_t, gates_x_b, first_row), s, S, H, x_at, ok, ACC
             )
             w_at, w_ok = weight_rows(s, u, H, K, 1, 1, BLOCK_U)
             a = tl.zeros((BLOCK_U, BLOCK_B), ACC)
@@ -55,16 +48,7 @@ def rnn_forward_tiles(
             at = lane * K + units
             h_old = load(old, at_row, 0, 1, K, at, ok, ACC)
             store(new, at_row, 0, 1, K, at, tl.where(ended, h_old, new_h), ok)
-            store(
-                y,
-                row_of(t, B, 1, first_row),
-                s,
-                S,
-                H,
-                unit_at,
-                tl.where(ended, 0.0, new_h),
-                ok,
-            )
+            store(y, row_of(t, B, 1, first_row), s, S, H, unit_at, tl.where(ended, 0.0, new_h), ok)
         tl.debug_barrier()
 
 
@@ -101,16 +85,7 @@ def rnn_backward_tiles(
             state = lane * H + units
             handed = tl.where(handed_cut, 0.0, d + load(dh, at_row, 0, 1, H, state, ok, ACC))
             store(dh, at_row, 0, 1, H, state, tl.where(ended | (q == T), handed, 0.0), ok)
-            d = handed + load(
-                dy,
-                row_of(t, dy_t, dy_b, first_row),
-                s,
-                S,
-                H,
-                dy_at,
-                there,
-                ACC,
-            )
+            d = handed + load(dy, row_of(t, dy_t, dy_b, first_row), s, S, H, dy_at, there, ACC)
             d = tl.where(ended, 0.0, cell.rnn_backward(out, d, relu != 0))
             store(dgates, row, s, S, H, unit_at, d, there)
             store(ds + (q % 2) * half, at_row, 0, 1, D, lane * D + units, d, there)

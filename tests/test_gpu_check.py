@@ -1,0 +1,139 @@
+"""benchmarks/gpu_check.sh and what it runs, as far as that shows without a GPU and in seconds."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "benchmarks" / "gpu_check.sh"
+sys.path.append(str(ROOT))  # after everything else: an installed fused_rnn stays in front
+
+from benchmarks import gpu_profile, launch_cost, machine  # noqa: E402
+from benchmarks.cases import CASES  # noqa: E402
+
+bash = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+
+
+def run(*command, **environment):
+    """(exit status, stdout, stderr) of a command at the root of the source tree."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@bash
+def test_syntax():
+    assert run("bash", "-n", SCRIPT) == (0, "", "")
+    assert os.access(SCRIPT, os.X_OK)
+
+
+@bash
+@pytest.mark.parametrize(
+    "arguments", [(), ("--fast", "results"), ("one", "two"), ("--rehearse",)], ids=str
+)
+def test_wrong_arguments_give_the_usage(arguments, tmp_path):
+    done = subprocess.run(
+        ["bash", str(SCRIPT), *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "usage: benchmarks/gpu_check.sh" in done.stderr
+    assert list(tmp_path.iterdir()) == [], "nothing is made"
+
+
+@bash
+def test_help():
+    status, out, err = run("bash", SCRIPT, "--help")
+    assert status == 0 and out.startswith("usage: ") and err == ""
+
+
+def test_every_test_is_in_one_group():
+    """The -k expressions that the tests are shared out by, on names that meet all their words."""
+    text = SCRIPT.read_text()
+    groups = re.search(r"^TESTS=\(\n(.*?)^\)", text, re.M | re.S)[1]
+    expressions = [line.strip().strip('"').partition(":")[2] for line in groups.splitlines()]
+    assert len(expressions) > 3
+    cells = ("lstm", "lstm-proj", "gru", "gru-before", "rnn-tanh", "none")
+    tests = ("numerics", "every_kind", "deterministic", "a_batch", "anything", "kind_numerics")
+    for name in (f"test_{test}[{cell}]" for test in tests for cell in cells):
+        words = (re.sub(r"[\w-]+", lambda m, n=name: _word(m[0], n), e) for e in expressions)
+        assert sum(eval(words_) for words_ in words) == 1, name
+
+
+def _word(word, name):
+    return word if word in ("and", "or", "not") else str(word in name)
+
+
+def test_the_cases_it_names_are_there():
+    text = SCRIPT.read_text()
+    real = " ".join(re.findall(r"^SELECTION\+?=\((.*?)\)$", text, re.M)).split()
+    (rehearsed,) = re.findall(r"^ +SELECTION=\((.*?)\)$", text, re.M)
+    known = {case.use for case in CASES} | {case.name for case in CASES}
+    assert set(rehearsed.split()) <= known
+    assert real[0] == "gpu" and set(real) == {case.use for case in CASES}
+    assert {case for case, _, _ in gpu_profile.SHAPES} <= known
+
+
+def test_launch_cost_runs_without_a_gpu(tmp_path):
+    path = tmp_path / "launch.json"
+    program = (sys.executable, "-m", "benchmarks.launch_cost", "--device", "cpu")
+    status, out, err = run(*program, "--quick", "--json", path, TRITON_INTERPRET="1")
+    assert status == 0, err
+    result = json.loads(path.read_text())
+    assert result["meta"]["kernel_hash"] == machine.kernel_hash()
+    whats = [row["what"] for row in result["rows"]]
+    assert all(what in out for what in whats) and len(set(whats)) == len(whats)
+    for words in ("launch by dispatch", "launch by handle", "torch.empty", "torch.zeros", "copy",
+                  "bfloat16", "TF32"):  # fmt: skip
+        assert any(words in what for what in whats), words
+    status, out, err = run(*program, TRITON_INTERPRET="0")
+    assert status == 2 and err.strip() == "error: --device cpu needs TRITON_INTERPRET=1"
+
+
+def test_launch_cost_and_profile_want_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(launch_cost.torch.cuda, "is_available", lambda: False)
+    for program in (launch_cost, gpu_profile):
+        assert program.main([]) == 2
+        assert "torch sees no GPU here" in capsys.readouterr().err
+
+
+def test_profile_names_what_ran(tmp_path):
+    path = tmp_path / "kernels.txt"
+    arguments = ["--device", "cpu", "--providers", "torch,ours:reference", "--shapes", "1"]
+    sizes = ["-T", "2", "-B", "2", "-H", "4"]
+    assert gpu_profile.main([*arguments, *sizes, "--out", str(path)]) == 0
+    text = path.read_text()
+    assert "aten::lstm" in text and text.endswith("\n0 without a record\n")
+    for mode in ("inference", "training"):
+        assert f"LSTM {mode} float16, ours:reference: " in text
+    assert gpu_profile.main(["--device", "cpu", "--providers", "nobody"]) == 2
+
+
+def test_kernel_hash(tmp_path):
+    """It is the same every time, and changes with the content and the name of every source."""
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT / "fused_rnn" / "triton", copy / "fused_rnn" / "triton")
+    plan = shutil.copy(ROOT / "fused_rnn" / "plan.py", copy / "fused_rnn" / "plan.py")
+    assert machine.kernel_hash(copy) == machine.kernel_hash() == machine.kernel_hash(ROOT)
+    seen = {machine.kernel_hash(copy)}
+    (copy / "fused_rnn" / "triton" / "notes.txt").write_text("no kernel")
+    (copy / "fused_rnn" / "other.py").write_text("no kernel")
+    assert machine.kernel_hash(copy) in seen
+    block = copy / "fused_rnn" / "triton" / "block.py"
+    for path in (Path(plan), block):
+        path.write_text(path.read_text() + "#\n")
+        seen.add(machine.kernel_hash(copy))
+    block.rename(block.with_name("blocks.py"))
+    seen.add(machine.kernel_hash(copy))
+    assert len(seen) == 4
+    assert machine.describe("cpu")["kernel_hash"] == machine.kernel_hash()
