@@ -173,19 +173,24 @@ def block_plan(device: Device, shape: Shape) -> BlockPlan | None:
     if not _tensor_cores(shape):
         # Products by FMA keep their operands in registers.
         return BlockPlan(block_h, 16, 8) if block_h == 32 else None
-    # Too little room in registers: 3xTF32, which has every operand twice; float32 at
-    # H > 64 in odd sizes, and except on Hopper, which multiplies straight from shared memory.
-    if shape.precision == "tf32x3" and block_h > 32:
+    # Too little room in registers (the compile tests say where): 3xTF32, which has every operand
+    # twice; units beyond 64 in odd sizes, in float32, on AMD, or on Blackwell for the LSTM, and of
+    # float32 except on Hopper, which multiplies straight from shared memory.
+    odd = shape.H % 16 != 0
+    blackwell = device.backend == "cuda" and int(device.arch) >= 100
+    if shape.precision == "tf32x3" and (block_h > 32 or blackwell):
         return None
-    if block_h == 128 and shape.H % 16 != 0 and (shape.itemsize == 4 or device.backend == "hip"):
+    if block_h == 128 and shape.itemsize == 4 and (odd or device.arch != 90):
         return None
-    if block_h == 128 and shape.itemsize == 4 and device.arch != 90:
+    if block_h == 128 and odd and device.backend == "hip":
+        return None
+    if block_h == 128 and odd and blackwell and shape.cell == "lstm":
         return None
     warps = {32: 4, 64: 8 if device.backend == "cuda" else 4, 128: 8}[block_h]
     # Eight rows where much else takes registers: a step reads, keeps and writes up to 20 values for
     # each of its units, and where H is odd each of these has an address of its own. AMD's smallest
     # matrix instruction has 16 columns.
-    crowded = block_h == 128 or shape.precision == "tf32x3" or shape.H % 16 != 0
+    crowded = block_h == 128 or odd or shape.precision == "tf32x3"
     crowded = crowded or (block_h == 64 and shape.itemsize == 4)
     return BlockPlan(block_h, 8 if crowded and device.backend == "cuda" else 16, warps)
 
@@ -210,6 +215,8 @@ def tile_plan(device: Device, shape: Shape, streamed: bool) -> TilePlan | None:
     block_k = 128 // shape.itemsize
     if streamed:
         # One program does all units: large tiles, all warps, to keep many loads in flight.
+        if shape.precision == "tf32x3":
+            return TilePlan(16, 16, block_k, warps, stages, True)
         return TilePlan(32, 16, block_k, 8, stages, True)
     # Enough programs for all multiprocessors, each with as few weights to read as possible. Odd
     # sizes are read element by element and need the registers of twice as many threads.

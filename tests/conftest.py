@@ -20,6 +20,12 @@ def interpreted(backend: str) -> bool:
     return backend == "triton" and UNDER_TEST[backend] == "cpu"
 
 
+def keeps_bits(backend: str) -> bool:
+    """Whether a row's bits depend on the row alone: not where a library multiplies, MKL for the
+    reference, NumPy for the interpreter."""
+    return backend != "reference" and not interpreted(backend)
+
+
 @pytest.fixture(params=list(UNDER_TEST))
 def backend(request):
     """The name of each backend under test; a missing one is a failure, not a skip."""

@@ -81,7 +81,8 @@ def test_an_explicit_backend_that_is_missing_raises_with_the_remedy():
         fused_rnn.lstm(x, None, w_ih, w_hh, backend="cpu")
     except RuntimeError as error:
         print(error)
-    """
+    """,
+        TRITON_INTERPRET="0",
     )
     assert status == 0, err
     assert out.count("pip install --no-build-isolation") == 2

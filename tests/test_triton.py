@@ -179,9 +179,9 @@ def test_more_entries_than_an_integer_has_bits(pattern):
         generator = torch.Generator().manual_seed(1)
         reverse = tuple((torch.rand(70, generator=generator) < 0.5).tolist())
     case = Case("rnn", steps=2, rows=2, hidden=2, reverse=reverse, dtype=torch.float64)
-    for name, value in evaluate(case, "reference").items():
-        got = evaluate(case, "triton", DEVICE)[name].cpu()
-        torch.testing.assert_close(got, value)
+    wanted, got = evaluate(case, "reference"), evaluate(case, "triton", DEVICE)
+    for name, value in wanted.items():
+        torch.testing.assert_close(got[name].cpu(), value)
 
 
 def test_addresses_beyond_31_bits():
