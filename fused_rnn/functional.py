@@ -215,9 +215,8 @@ def _run_layer(
     spec = LayerSpec(cell, name, reverse, reset_after, relu, keep, ragged)
     if name == "torch":
         asked = (backend or backends.current_backend()) == name
-        if asked or torch.compiler.is_compiling() or autograd.transformed():
-            return _torch_layer(cell, inputs, len(reverse), relu)
-        if not _needs_gradient(inputs):
+        plain = asked or torch.compiler.is_compiling() or autograd.transformed()
+        if plain or not _needs_gradient(inputs):
             return _torch_layer(cell, inputs, len(reverse), relu)
 
         def run(given: LayerInputs):

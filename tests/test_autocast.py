@@ -7,20 +7,12 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 from twins import CELLS, LAYERS, SIZES, both, draw, redrawn, results, states, tensors_of, twins
+from twins import FLAVOURS as LAYER_FLAVOURS
 
 from fused_rnn.testing import compare, error
 
 LOW = (torch.bfloat16, torch.float16)
-FLAVOURS = {
-    "LSTM": ("LSTM", {}),
-    "projected LSTM": ("LSTM", {"proj_size": 3}),
-    "GRU": ("GRU", {}),
-    "tanh": ("RNN", {}),
-    "relu": ("RNN", {"nonlinearity": "relu"}),
-    "LSTMCell": ("LSTMCell", {}),
-    "GRUCell": ("GRUCell", {}),
-    "RNNCell": ("RNNCell", {}),
-}
+FLAVOURS = LAYER_FLAVOURS | {name: (name, {}) for name in CELLS}
 flavours = pytest.mark.parametrize("flavour", FLAVOURS)
 lows = pytest.mark.parametrize("low", LOW, ids=str)
 

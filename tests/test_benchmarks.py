@@ -201,8 +201,6 @@ def test_ours_passes_the_gate(cell, changes):
 
 def test_a_backend_that_does_not_take_the_call_is_refused_not_wrong():
     pytest.importorskip("fused_rnn")
-    if "torch" not in providers.ours_backends():
-        pytest.skip("no backend of that name")
     (_, row) = run_job(tiny(min_length=0.3), providers.find(["ours:torch"]), 0.01)
     assert row["status"] == "refused" and "cannot run" in row["reason"]
 

@@ -4,7 +4,7 @@ and segment by segment."""
 import pytest
 import torch
 from torch import Tensor
-from twins import LAYERS, SIZES, both, draw, states, tensors_of, twins
+from twins import LAYERS, SIZES, both, draw, flavours, layer_twins, states, tensors_of, twins
 
 STEPS, ROWS = 7, 5
 LENGTHS = torch.tensor([7, 0, 3, 1, 5])
@@ -16,21 +16,8 @@ LAYOUTS = {
         "batch_first": True, "bidirectional": True, "num_layers": 3,
     },
 }  # fmt: skip
-FLAVOURS = {
-    "LSTM": ("LSTM", {}),
-    "projected LSTM": ("LSTM", {"proj_size": 3}),
-    "GRU": ("GRU", {}),
-    "tanh": ("RNN", {}),
-    "relu": ("RNN", {"nonlinearity": "relu"}),
-}
-flavours = pytest.mark.parametrize("flavour", FLAVOURS)
 layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 hxs = pytest.mark.parametrize("with_hx", [False, True], ids=["", "hx"])
-
-
-def layer_twins(flavour, **options):
-    name, more = FLAVOURS[flavour]
-    return twins(name, *SIZES, dtype=torch.float64, **options, **more)
 
 
 def reset_mask(seed=0, steps=STEPS, rows=ROWS):

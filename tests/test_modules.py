@@ -7,7 +7,21 @@ import warnings
 
 import pytest
 import torch
-from twins import CELLS, LAYERS, SIZES, both, check_twins, draw, results, rounded, states, twins
+from twins import (
+    CELLS,
+    FLAVOURS,
+    LAYERS,
+    SIZES,
+    both,
+    check_twins,
+    draw,
+    flavours,
+    layer_twins,
+    results,
+    rounded,
+    states,
+    twins,
+)
 
 import fused_rnn
 
@@ -118,19 +132,6 @@ OPTIONS = {
         "num_layers": 2, "bidirectional": True, "batch_first": True,
     },
 }  # fmt: skip
-FLAVOURS = {
-    "LSTM": ("LSTM", {}),
-    "projected LSTM": ("LSTM", {"proj_size": 3}),
-    "GRU": ("GRU", {}),
-    "tanh": ("RNN", {}),
-    "relu": ("RNN", {"nonlinearity": "relu"}),
-}
-flavours = pytest.mark.parametrize("flavour", FLAVOURS)
-
-
-def layer_twins(flavour, dtype=torch.float64, **options):
-    name, more = FLAVOURS[flavour]
-    return (rounded(m, dtype) for m in twins(name, *SIZES, **options, **more))
 
 
 def input_for(module, steps, rows, dtype=torch.float64):

@@ -105,12 +105,10 @@ def test_opcheck(backend, name, variant):
     torch.library.opcheck(ops.family(backend)[name], samples(backend, name, **VARIANTS[variant]))
 
 
-@pytest.mark.parametrize("name", [*ops.OPERATORS, "matmul"])
+@pytest.mark.parametrize("name", [name for name in ops.OPERATORS if name.endswith("backward")])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_missing_gradients_are_zero(backend, name):
     """None for an optional gradient is the same as zeros."""
-    if not name.endswith("backward"):
-        pytest.skip("forward operators take no gradients")
     op, args = ops.family(backend)[name], list(samples(backend, name))
     grads = 4 if name.startswith("lstm") else 2
     for k in range(grads):

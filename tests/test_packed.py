@@ -9,8 +9,9 @@ from twins import (
     both,
     check_twins,
     draw,
+    flavours,
+    layer_twins,
     results,
-    rounded,
     states,
     tensors_of,
     twins,
@@ -18,13 +19,6 @@ from twins import (
 
 STEPS, ROWS = 6, 4
 LENGTHS = {"sorted": [6, 4, 4, 1], "unsorted": [4, 1, 6, 4], "full": [6, 6, 6, 6]}
-FLAVOURS = {
-    "LSTM": ("LSTM", {}),
-    "projected LSTM": ("LSTM", {"proj_size": 3}),
-    "GRU": ("GRU", {}),
-    "tanh": ("RNN", {}),
-    "relu": ("RNN", {"nonlinearity": "relu"}),
-}
 OPTIONS = {
     "one": {},
     "both directions": {"bidirectional": True},
@@ -32,14 +26,8 @@ OPTIONS = {
         "batch_first": True, "bidirectional": True, "num_layers": 2, "bias": False,
     },
 }  # fmt: skip
-flavours = pytest.mark.parametrize("flavour", FLAVOURS)
 options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 orders = pytest.mark.parametrize("order", LENGTHS)
-
-
-def layer_twins(flavour, dtype=torch.float64, **options):
-    name, more = FLAVOURS[flavour]
-    return [rounded(m, dtype) for m in twins(name, *SIZES, **options, **more)]
 
 
 def pack(x, order):

@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -13,6 +14,16 @@ LAYERS = ("LSTM", "GRU", "RNN")
 CELLS = ("LSTMCell", "GRUCell", "RNNCell")
 SIZES = (4, 5)  # input_size, hidden_size
 DRAWS = 16  # how often torch.nn's own error is sampled: that of one small tensor may be luck
+
+# Layers by what kind they are: class, options.
+FLAVOURS = {
+    "LSTM": ("LSTM", {}),
+    "projected LSTM": ("LSTM", {"proj_size": 3}),
+    "GRU": ("GRU", {}),
+    "tanh": ("RNN", {}),
+    "relu": ("RNN", {"nonlinearity": "relu"}),
+}
+flavours = pytest.mark.parametrize("flavour", FLAVOURS)
 
 
 def both(name: str) -> tuple[type, type]:
@@ -27,6 +38,22 @@ def twins(name: str, *args, seed: int = 0, **kwargs):
         torch.manual_seed(seed)
         made.append(kind(*args, **kwargs))
     return tuple(made)
+
+
+def layer_twins(flavour: str, dtype: torch.dtype = torch.float64, **options) -> list:
+    """Our layer and torch.nn's of a flavour, in float64, their equal weights rounded to dtype."""
+    name, more = FLAVOURS[flavour]
+    return [rounded(m, dtype) for m in twins(name, *SIZES, **options, **more)]
+
+
+def f64_twins(name: str, **options):
+    """Our module and torch.nn's of that name, in float64."""
+    return twins(name, *SIZES, dtype=torch.float64, **options)
+
+
+def weight_of(name: str, which: str = "hh") -> str:
+    """The name of a weight in a module of that name, of the first layer where it has layers."""
+    return f"weight_{which}" if name in CELLS else f"weight_{which}_l0"
 
 
 def tensors_of(value) -> list[Tensor]:
@@ -123,3 +150,14 @@ def states(module, *batch: int, dtype: torch.dtype = torch.float64, seed: int = 
     if module.mode != "LSTM":
         return h0
     return h0, draw(count, *batch, module.hidden_size, dtype=dtype, seed=seed + 1)
+
+
+def input_of(module) -> Tensor:
+    """A random float64 input for a module of ``SIZES``."""
+    return draw(6, 3, 4) if isinstance(module, torch.nn.RNNBase) else draw(3, 4)
+
+
+def assert_same_results(ours, theirs, *args) -> None:
+    """Outputs and parameter gradients agree, on ``input_of`` the module without args."""
+    args = args or (input_of(ours),)
+    torch.testing.assert_close(results(ours, *args), results(theirs, *args))

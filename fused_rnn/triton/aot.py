@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -173,8 +174,6 @@ def configurations(device: Device) -> list[Configuration]:
 
 def _untold(plan):
     """The plan without what no kernel sees: streamed and step are one kernel."""
-    from dataclasses import replace
-
     return replace(plan, streamed=False) if isinstance(plan, TilePlan) else plan
 
 

@@ -14,11 +14,13 @@ import triton.language as tl
 from fused_rnn.triton import cells as cell
 from fused_rnn.triton.primitives import (
     ENDED,
+    UNSPECIALIZED,
     is_reversed,
     lanes,
     load,
     load3,
     load_flags,
+    place,
     product,
     row_of,
     starts_segment,
@@ -26,23 +28,13 @@ from fused_rnn.triton.primitives import (
     store3,
 )
 
-# Arguments that change from call to call must not make new variants of a kernel.
-UNSPECIALIZED = [
-    *("gates_x_t", "gates_x_b", "dy_t", "dy_b", "dcells_t", "dcells_b", "flags_t", "flags_b"),
-    *("keep_cells", "keep_gates", "relu", "reverse_bits", "reverse_period", "T", "B", "S"),
-]
-
 
 @triton.jit
 def _place(B, H, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
     """Stack entry, the tile's first row, units [BLOCK_H, 1], rows of the tile [1, BLOCK_B], which
     rows and which elements exist."""
-    tiles = tl.cdiv(B, BLOCK_B)
-    s = (tl.program_id(0) // tiles).to(tl.int64)
-    first = ((tl.program_id(0) % tiles) * BLOCK_B).to(tl.int64)
-    lane = tl.arange(0, BLOCK_B)[None, :]
+    s, first, lane, rows_ok = place(B, BLOCK_B)
     units = tl.arange(0, BLOCK_H)[:, None]
-    rows_ok = first + lane < B
     return s, first, units, lane, rows_ok, (units < H) & rows_ok
 
 

@@ -13,6 +13,13 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 ENDED = tl.constexpr(1)
 RESET = tl.constexpr(2)
 
+# Arguments that change from call to call must not make new variants of a kernel.
+UNSPECIALIZED = [
+    *("gates_x_t", "gates_x_b", "dy_t", "dy_b", "dcells_t", "dcells_b", "flags_t", "flags_b"),
+    *("keep_cells", "keep_gates", "relu", "reverse_bits", "reverse_period", "T", "B", "S"),
+    *("first", "count"),
+]
+
 
 @triton.jit
 def to_tf32(x):
@@ -61,6 +68,16 @@ def product(a, b, total, PRECISION: tl.constexpr):
             total = tl.dot(_finite(a_high), b_low, total, input_precision="tf32")
         total = tl.dot(a_high, b_high, total, input_precision="tf32")
     return total
+
+
+@triton.jit
+def place(B, BLOCK_B: tl.constexpr):
+    """Stack entry, the tile's first row, its rows [1, BLOCK_B], and which exist."""
+    tiles = tl.cdiv(B, BLOCK_B)
+    s = (tl.program_id(0) // tiles).to(tl.int64)
+    first_row = ((tl.program_id(0) % tiles) * BLOCK_B).to(tl.int64)
+    lane = tl.arange(0, BLOCK_B)[None, :]
+    return s, first_row, lane, first_row + lane < B
 
 
 @triton.jit

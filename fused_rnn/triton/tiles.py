@@ -15,30 +15,13 @@ that they are read in wide pieces whatever the sizes are.
 import triton
 import triton.language as tl
 
-from fused_rnn.triton.primitives import ENDED, load_flags, product, starts_segment
-
-# Arguments that change from call to call must not make new variants of a kernel.
-UNSPECIALIZED = [
-    *("gates_x_t", "gates_x_b", "dy_t", "dy_b", "dcells_t", "dcells_b", "flags_t", "flags_b"),
-    *("keep_cells", "keep_gates", "relu", "reverse_bits", "reverse_period", "T", "B", "S"),
-    *("first", "count"),
-]
-
-
-@triton.jit
-def place(B, BLOCK_B: tl.constexpr):
-    """Stack entry, the tile's first row, its rows [1, BLOCK_B], and which exist."""
-    tiles = tl.cdiv(B, BLOCK_B)
-    s = (tl.program_id(0) // tiles).to(tl.int64)
-    first_row = ((tl.program_id(0) % tiles) * BLOCK_B).to(tl.int64)
-    lane = tl.arange(0, BLOCK_B)[None, :]
-    return s, first_row, lane, first_row + lane < B
+from fused_rnn.triton.primitives import ENDED, load, load_flags, product, starts_segment
 
 
 @triton.jit
 def weight_rows(s, u, H, K, GATES: tl.constexpr, TILES: tl.constexpr, BLOCK_U: tl.constexpr):
-    """Offsets [TILES*BLOCK_U, 1] of the rows of a block of units in weights [S, GATES*H, K], gate
-    by gate, and which exist. TILES, a power of two, is at least GATES."""
+    """Offsets [TILES*BLOCK_U, 1] of the rows of a block of units in weights [S, GATES*H, K], of the
+    first TILES gates, a power of two and so perhaps more than there are, and which exist."""
     r = tl.arange(0, TILES * BLOCK_U)[:, None]
     gate, unit = r // BLOCK_U, u * BLOCK_U + r % BLOCK_U
     at = ((s * GATES + gate) * H + unit) * K
@@ -98,3 +81,16 @@ def backward_step(q, T, backwards, flags, flags_t, flags_b, rows, rows_ok):
     cut = starts_segment(tl.where(backwards, before_bits, bits))
     initial = ((before_bits & ENDED) != 0) | (q + 1 >= T)
     return t, (bits & ENDED) != 0, starts_segment(handed_bits), before, initial, cut
+
+
+@triton.jit
+def entering(
+    first, states, at_row, before_row, s, S, H, state, unit_at, initial, cut, ok,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The state [units, rows] that enters a step: zero where it is cut off, first [S, B, H] where
+    it is the initial state, else the row before of states [T, B, S, H]."""
+    own = load(first, at_row, 0, 1, H, state, ok, DTYPE)
+    inner = ok & (initial == 0) & (cut == 0)
+    left = load(states, before_row, s, S, H, unit_at, inner, DTYPE)
+    return tl.where(cut, 0.0, tl.where(initial, own, left))

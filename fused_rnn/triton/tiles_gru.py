@@ -8,12 +8,21 @@ import triton
 import triton.language as tl
 
 from fused_rnn.triton import cells as cell
-from fused_rnn.triton.primitives import is_reversed, lanes, load, load3, row_of, store, store3
-from fused_rnn.triton.tiles import (
+from fused_rnn.triton.primitives import (
     UNSPECIALIZED,
-    backward_step,
-    forward_step,
+    is_reversed,
+    lanes,
+    load,
+    load3,
     place,
+    row_of,
+    store,
+    store3,
+)
+from fused_rnn.triton.tiles import (
+    backward_step,
+    entering,
+    forward_step,
     split4,
     tile_product,
     weight_rows,
@@ -100,10 +109,10 @@ def gru_backward_tiles(
             r, z, n = load3(gates, row, s, S, 4 * H, H, gates_at, there, ACC)
             hn = load(gates, row, s, S, 4 * H, 3 * H + gates_at, there, ACC)
             state = lane * H + units
-            first_h = load(h0, at_row, 0, 1, H, state, there, ACC)
-            inner = there & (initial == 0) & (cut == 0)
-            h_prev = load(y, row_of(before, B, 1, first_row), s, S, H, unit_at, inner, ACC)
-            h_prev = tl.where(cut, 0.0, tl.where(initial, first_h, h_prev))
+            before_row = row_of(before, B, 1, first_row)
+            h_prev = entering(
+                h0, y, at_row, before_row, s, S, H, state, unit_at, initial, cut, there, ACC
+            )
 
             w_at, w_ok = weight_rows(s, u, H, D, 1, 1, BLOCK_U)
             d = tl.zeros((BLOCK_U, BLOCK_B), ACC)
@@ -145,13 +154,11 @@ def gru_before_gates_tiles(
     x_r = load(gates_x, row, s, S, 3 * H, x_at, ok, ACC)
     x_z = load(gates_x, row, s, S, 3 * H, H + x_at, ok, ACC)
     # Both gates as one tile: rows of r, then rows of z.
-    both = tl.arange(0, 2 * BLOCK_U)[:, None]
-    gate, unit = both // BLOCK_U, u * BLOCK_U + both % BLOCK_U
-    w_at = ((s * 3 + gate) * H + unit) * K
+    w_at, w_ok = weight_rows(s, u, H, K, 3, 2, BLOCK_U)
     old = hs + (first % 2) * S.to(tl.int64) * B * K
     a = tl.zeros((2 * BLOCK_U, BLOCK_B), ACC)
     x, x_ok = old + at_row * K, rows_ok & (cut == 0)
-    a = tile_product(w_hh, w_at, unit < H, x, lane, x_ok, K, a, BLOCK_K, PRECISION)
+    a = tile_product(w_hh, w_at, w_ok, x, lane, x_ok, K, a, BLOCK_K, PRECISION)
     a_r, a_z = tl.split(tl.permute(tl.reshape(a, (2, BLOCK_U, BLOCK_B)), (1, 2, 0)))
     r, z = cell.sigmoid(a_r + x_r), cell.sigmoid(a_z + x_z)
     state = lane * H + units
@@ -234,10 +241,8 @@ def gru_before_backward_candidate_tiles(
     z = load(gates, row, s, S, 3 * H, H + gates_at, there, ACC)
     n = load(gates, row, s, S, 3 * H, 2 * H + gates_at, there, ACC)
     state = lane * H + units
-    first_h = load(h0, at_row, 0, 1, H, state, there, ACC)
-    inner = there & (initial == 0) & (cut == 0)
-    h_prev = load(y, row_of(before, B, 1, first_row), s, S, H, unit_at, inner, ACC)
-    h_prev = tl.where(cut, 0.0, tl.where(initial, first_h, h_prev))
+    before_row = row_of(before, B, 1, first_row)
+    h_prev = entering(h0, y, at_row, before_row, s, S, H, state, unit_at, initial, cut, there, ACC)
     half = S.to(tl.int64) * B * D
     w_at, w_ok = weight_rows(s, u, H, D, 1, 1, BLOCK_U)
     d = tl.zeros((BLOCK_U, BLOCK_B), ACC)
@@ -279,10 +284,8 @@ def gru_before_backward_reset_tiles(
     row = row_of(t, B, 1, first_row)
     r = load(gates, row, s, S, 3 * H, gates_at, ok, ACC)
     state = lane * H + units
-    first_h = load(h0, at_row, 0, 1, H, state, ok, ACC)
-    inner = ok & (initial == 0) & (cut == 0)
-    h_prev = load(y, row_of(before, B, 1, first_row), s, S, H, unit_at, inner, ACC)
-    h_prev = tl.where(cut, 0.0, tl.where(initial, first_h, h_prev))
+    before_row = row_of(before, B, 1, first_row)
+    h_prev = entering(h0, y, at_row, before_row, s, S, H, state, unit_at, initial, cut, ok, ACC)
     w_at, w_ok = weight_rows(s, u, H, K, 1, 1, BLOCK_U)
     drh = tl.zeros((BLOCK_U, BLOCK_B), ACC)
     x = dn_operand + at_row * K

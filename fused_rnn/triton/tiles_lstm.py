@@ -7,12 +7,21 @@ import triton
 import triton.language as tl
 
 from fused_rnn.triton import cells as cell
-from fused_rnn.triton.primitives import is_reversed, lanes, load, load3, row_of, store, store3
-from fused_rnn.triton.tiles import (
+from fused_rnn.triton.primitives import (
     UNSPECIALIZED,
-    backward_step,
-    forward_step,
+    is_reversed,
+    lanes,
+    load,
+    load3,
     place,
+    row_of,
+    store,
+    store3,
+)
+from fused_rnn.triton.tiles import (
+    backward_step,
+    entering,
+    forward_step,
     split4,
     tile_product,
     weight_rows,
@@ -148,11 +157,10 @@ def lstm_backward_tiles(
             o = load(gates, row, s, S, 4 * H, 3 * H + gates_at, there, ACC)
             c = load(cells, row, s, S, H, unit_at, there, ACC)
             state = lane * H + units
-            first_c = load(c0, at_row, 0, 1, H, state, there, ACC)
             before_row = row_of(before, B, 1, first_row)
-            inner = there & (initial == 0)
-            c_prev = load(cells, before_row, s, S, H, unit_at, inner & (cut == 0), ACC)
-            c_prev = tl.where(cut, 0.0, tl.where(initial, first_c, c_prev))
+            c_prev = entering(
+                c0, cells, at_row, before_row, s, S, H, state, unit_at, initial, cut, there, ACC
+            )
             outer = row_of(t, dcells_t, dcells_b, first_row)
             dc_now = load(dcells, outer, s, S, H, dcells_at, there, ACC)
             dc_old = tl.where(handed_cut, 0.0, load(dc, at_row, 0, 1, H, state, ok, ACC))

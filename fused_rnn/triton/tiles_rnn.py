@@ -4,12 +4,18 @@ import triton
 import triton.language as tl
 
 from fused_rnn.triton import cells as cell
-from fused_rnn.triton.primitives import is_reversed, lanes, load, row_of, store
-from fused_rnn.triton.tiles import (
+from fused_rnn.triton.primitives import (
     UNSPECIALIZED,
+    is_reversed,
+    lanes,
+    load,
+    place,
+    row_of,
+    store,
+)
+from fused_rnn.triton.tiles import (
     backward_step,
     forward_step,
-    place,
     tile_product,
     weight_rows,
 )
