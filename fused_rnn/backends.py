@@ -1,5 +1,6 @@
 """The table of backends: where each runs, why it is unavailable, and which one a call gets."""
 
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -11,6 +12,8 @@ from typing import NamedTuple
 import torch
 
 from fused_rnn import plan
+from fused_rnn.cuda import library as cuda_library
+from fused_rnn.cuda import planning as cuda_planning
 from fused_rnn.ops import ACC_DTYPE
 from fused_rnn.precision import current_fp32_precision, torch_fp32_precision
 
@@ -95,6 +98,40 @@ def _triton_missing() -> str | None:
     return None
 
 
+def _cuda_unavailable() -> str | None:
+    reason = cuda_library.why_unavailable()
+    if reason is None and not cuda_library.is_emulated() and (missing := _triton_missing()):
+        return f"its matrix products outside the scans are Triton's: {missing}"
+    return reason
+
+
+def _cuda_refuses(request: Request) -> str | None:
+    runs_on = "cpu" if cuda_library.is_emulated() else "cuda"
+    if request.device != runs_on:
+        where = "on CPU tensors, being emulated" if runs_on == "cpu" else "on NVIDIA GPUs"
+        return f"it runs {where}, the input is on {request.device}; move the module and input"
+    return None
+
+
+def _cuda_yields(request: Request) -> str | None:
+    if request.device == "cpu":
+        return "emulated kernels are slow"
+    if request.hidden is None or not request.rows:
+        return "sizes are not known, or the batch is empty; Triton's kernels take any"
+    device, shape = _planned(request)
+    for backward in (False, True):
+        both = dataclasses.replace(shape, backward=backward)
+        if cuda_planning.choose(device, both).kind != "block":
+            return f"H = {shape.H} has no block scan, and Triton's kernels go faster step by step"
+    ours = cuda_planning.chosen(device, shape).total
+    if plan.chosen(device, shape).total < ours:
+        return f"Triton's kernels are predicted to be faster at B = {shape.B}, H = {shape.H}"
+    can = not _torch_refuses(request) and _torch_takes(device, shape)
+    if can and plan.cudnn_step_us(device, shape) < ours:
+        return f"torch.nn's path is predicted to be faster at B = {shape.B}, H = {shape.H}"
+    return None
+
+
 def _triton_unavailable() -> str | None:
     if reason := _triton_missing():
         return reason
@@ -125,20 +162,31 @@ def _triton_yields(request: Request) -> str | None:
     # (Sizes are not given under torch.compile and transforms, which torch.nn's path cannot take.)
     if request.hidden is None or request.rows == 0 or _torch_refuses(request):
         return None
+    device, shape = _planned(request)
+    if _torch_takes(device, shape) and plan.torch_is_faster(device, shape):
+        return f"torch.nn's path is predicted to be faster at B = {shape.B}, H = {shape.H}"
+    return None
+
+
+def _planned(request: Request) -> tuple[plan.Device, plan.Shape]:
+    """The device and shape of a request on a GPU, as the planner sees them."""
     device = plan.device_of(request.device_index or 0)
     precision = "ieee"
     if request.dtype == torch.float32 and device.has_tf32:
         precision = current_fp32_precision()
-        if precision != torch_fp32_precision():
-            return None  # torch.nn's path knows torch's own setting alone
     rows = plan.TYPICAL_ROWS if request.rows is None else request.rows
-    shape = plan.Shape(
+    return device, plan.Shape(
         *(request.cell, len(request.reverse), rows, request.hidden, request.dtype, request.proj),
+        reset_after=request.reset_after,
         precision=precision,
     )
-    if plan.torch_is_faster(device, shape):
-        return f"torch.nn's path is predicted to be faster at B = {rows}, H = {shape.H}"
-    return None
+
+
+def _torch_takes(device: plan.Device, shape: plan.Shape) -> bool:
+    """Whether torch.nn's path takes float32 products as asked: it knows torch's own setting alone."""
+    if shape.dtype != torch.float32 or not device.has_tf32:
+        return True
+    return shape.precision == torch_fp32_precision()
 
 
 def _torch_refuses(request: Request) -> str | None:
@@ -159,6 +207,13 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("cpu", "C++ SIMD scans", lambda: _extension_missing, _cpu_refuses),
+        Backend(
+            "cuda",
+            "CUDA C++ kernels",
+            _cuda_unavailable,
+            _cuda_refuses,
+            _cuda_yields,
+        ),
         Backend(
             "triton",
             "Triton kernels",

@@ -289,7 +289,10 @@ def implement_lazily(backend: str, module: str, keys: tuple[str, ...]) -> None:
 
 
 define_family("cpu")
+define_family("cuda")
 define_family("triton")
+# Python in between chooses the kernel; the library's own operators are loaded at the first call.
+implement_lazily("cuda", "fused_rnn.cuda.operators", ("CPU", "CUDA"))
 # On a CPU the Triton kernels run under Triton's interpreter, and raise without it.
 implement_lazily("triton", "fused_rnn.triton.operators", ("CPU", "CUDA"))
 # 0 portable, 1 AVX2, 2 AVX-512: what the C++ backend computes with on this machine.

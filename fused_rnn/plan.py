@@ -55,6 +55,7 @@ DEVICES = {
         Device("H100", "cuda", 90, 132, 227 * 1024, 1.755, 3350, 5500),
         Device("H200", "cuda", 90, 132, 227 * 1024, 1.755, 4800, 5500),
         Device("B200", "cuda", 100, 148, 227 * 1024, 1.85, 8000, 9000),
+        Device("RTX 5090", "cuda", 120, 170, 99 * 1024, 2.4, 1792, 6000, mma16=256, mma32=128),
         Device("MI300X", "hip", "gfx942", 304, 64 * 1024, 2.1, 5300, 10000, fma=256),
     )
 }
@@ -262,7 +263,7 @@ LAUNCH_US = 4.0
 KERNEL_US = 1.0
 
 
-def _rate(device: Device, shape: Shape) -> float:
+def rate_of(device: Device, shape: Shape) -> float:
     """Multiply-adds a clock of one multiprocessor."""
     if shape.itemsize == 4:
         return {"ieee": device.fma, "tf32": device.mma32, "tf32x3": device.mma32 / 3}[
@@ -275,7 +276,7 @@ def predict(device: Device, shape: Shape, plan: BlockPlan | TilePlan) -> Predict
     """The model: what one step of a scan should take on a device."""
     gates, out = shape.gates, shape.proj or shape.H
     us_per_cycle = 1e-3 / device.clock
-    rate = _rate(device, shape)
+    rate = rate_of(device, shape)
     tiles = shape.S * -(-shape.B // plan.block_b)
     # Gates in and out (float32), y, and what the backward scan adds.
     per_unit = (gates * 4 + 4 + shape.itemsize) * (2 if shape.backward else 1)
@@ -364,7 +365,7 @@ def cudnn_step_us(device: Device, shape: Shape) -> float:
     out = shape.proj or shape.H
     weights = shape.gates * shape.H * out * shape.itemsize
     products = 2 * shape.gates * shape.H * out * shape.B
-    rate = _rate(device, replace(shape, precision="ieee" if shape.precision == "ieee" else "tf32"))
+    rate = rate_of(device, replace(shape, precision="ieee" if shape.precision == "ieee" else "tf32"))
     peak = device.multiprocessors * device.clock * 2e3 * rate  # operations a us
     once = 3.5 + max(weights / device.l2 * 1e-3, 2 * products / peak)
     return once * shape.S

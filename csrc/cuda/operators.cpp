@@ -1,0 +1,278 @@
+// The operators fused_rnn::cuda_scan_*: waist/operators.h with the kernels of this folder. Besides
+// the waist's arguments they take what fused_rnn/cuda decides: the kernel (0 by steps, 1 a block
+// scan), how float32 products are taken (a member of PRECISIONS, by its place) and the stream.
+#include <stdexcept>
+
+#include "cuda/launch.h"
+#include "cuda/steps.h"
+#include "waist/operators.h"
+
+#if defined(FUSED_RNN_EMULATOR)
+#include "emulator/emulator.h"
+#endif
+
+namespace fused_rnn::cuda {
+
+#if defined(FUSED_RNN_EMULATOR)
+constexpr bool kEmulated = true;
+void touches(const void* data, size_t bytes, bool written, const char* name) {
+  emulator::allow(data, bytes, written, name);
+}
+#else
+constexpr bool kEmulated = false;
+void touches(const void*, size_t, bool, const char*) {}
+#endif
+
+namespace {
+
+// The cell a call is of.
+template <class Call>
+constexpr Cell kCellOf = std::is_same_v<Call, LstmForward> || std::is_same_v<Call, LstmBackward>
+                             ? Cell::kLstm
+                         : std::is_same_v<Call, GruForward> || std::is_same_v<Call, GruBackward>
+                             ? Cell::kGru
+                             : Cell::kRnn;
+template <class Call>
+constexpr bool kBackward = std::is_same_v<Call, LstmBackward> ||
+                           std::is_same_v<Call, GruBackward> || std::is_same_v<Call, RnnBackward>;
+
+// use.operator()<Product>() for the product of a dtype and precision.
+template <class Use>
+void with_product(DType io, int64_t precision, const Use& use) {
+  if (io == DType::kBFloat16) return use.template operator()<Product::kBf16>();
+  if (io == DType::kFloat16) return use.template operator()<Product::kF16>();
+  if (precision == 1) return use.template operator()<Product::kTf32>();
+  if (precision == 2) return use.template operator()<Product::kTf32x3>();
+  return use.template operator()<Product::kIeee>();
+}
+
+template <Product kProduct, class Call>
+BlockNeeds needs_of(const Call& call) {
+  return BlockScan<kCellOf<Call>, kProduct>::needs(call.layer.hidden, kBackward<Call>);
+}
+
+struct Run {
+  int64_t kernel, precision, stream;
+  const Tensor& w_hh;
+  MaybeTensor w_hr;
+
+  // Eight rows within 2^31 elements of the first; see rows.cuh.
+  static constexpr int64_t kMaxRow = int64_t{1} << 27;
+
+  void check(const Tensor& w) const {
+    STD_TORCH_CHECK(kEmulated ? w.is_cpu() : w.is_cuda(), "w_hh must be a ",
+                    kEmulated ? "CPU" : "CUDA", " tensor");
+    STD_TORCH_CHECK(kernel == 0 || kernel == 1, "kernel must be 0 or 1, got ", kernel);
+    STD_TORCH_CHECK(0 <= precision && precision <= 2, "precision must be 0, 1 or 2, got ",
+                    precision);
+  }
+  int64_t max_row() const { return kernel == 1 ? kMaxRow : INT64_MAX; }
+
+  template <class Call>
+  void operator()(const Call& call, const Arguments& arguments) const {
+    const Layer& l = call.layer;
+    if (l.batch == 0 || l.stack == 0) return;
+    STD_TORCH_CHECK(l.batch < int64_t{8} << 31, "the batch must have less than 2^34 rows");
+    for (const Memory& m : arguments.memory()) touches(m.data, m.bytes, m.written, m.name);
+    void* on = reinterpret_cast<void*>(stream);
+    if (kernel == 0) {
+      run_steps(call, arguments, w_hh, w_hr, on);
+    } else {
+      block(call, arguments, on);
+    }
+#if defined(FUSED_RNN_EMULATOR)
+    emulator::forget();
+#endif
+  }
+
+ private:
+  template <class Call>
+  void block(const Call& call, const Arguments& arguments, void* on) const {
+    const Layer& l = call.layer;
+    const DType io = arguments.io();
+    STD_TORCH_CHECK(io != DType::kFloat64 && l.out == l.hidden && !w_hr,
+                    "a block scan has no float64 and no projection; kernel 0 has");
+    if constexpr (kCellOf<Call> == Cell::kGru) {
+      STD_TORCH_CHECK(call.reset_after, "a block scan resets after the product; kernel 0 has both");
+    }
+    STD_TORCH_CHECK(l.stack * l.hidden * 4 <= kMaxRow,
+                    "a block scan takes S * 4 H <= 2^27, got S = ", l.stack, ", H = ", l.hidden);
+    with_product(io, precision, [&]<Product kProduct>() {
+      STD_TORCH_CHECK(needs_of<kProduct>(call).threads > 0,
+                      "there is no block scan for H = ", l.hidden, "; kernel 0 has any size");
+      BlockScan<kCellOf<Call>, kProduct>::launch(call, on);
+    });
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(
+    const Tensor& gates_x, const Tensor& w_hh, const MaybeTensor& w_hr, const Tensor& h0,
+    const Tensor& c0, const MaybeTensor& flags, std::vector<bool> reverse, bool keep_gates,
+    int64_t kernel, int64_t precision, int64_t stream) {
+  const Run run{kernel, precision, stream, w_hh, w_hr};
+  LstmOutputs out =
+      run_lstm_forward(run, gates_x, w_hh, w_hr, h0, c0, flags, reverse, true, keep_gates);
+  return {out.y, out.h_n, out.c_n, out.cells, out.gates};
+}
+
+std::tuple<Tensor, Tensor, Tensor> lstm_inference(const Tensor& gates_x, const Tensor& w_hh,
+                                                  const MaybeTensor& w_hr, const Tensor& h0,
+                                                  const Tensor& c0, const MaybeTensor& flags,
+                                                  std::vector<bool> reverse, int64_t kernel,
+                                                  int64_t precision, int64_t stream) {
+  const Run run{kernel, precision, stream, w_hh, w_hr};
+  LstmOutputs out =
+      run_lstm_forward(run, gates_x, w_hh, w_hr, h0, c0, flags, reverse, false, false);
+  return {out.y, out.h_n, out.c_n};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_backward(
+    const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n,
+    const MaybeTensor& dcells, const Tensor& w_hh, const MaybeTensor& w_hr, const Tensor& c0,
+    const Tensor& cells, const Tensor& gates, const MaybeTensor& flags, std::vector<bool> reverse,
+    int64_t kernel, int64_t precision, int64_t stream) {
+  const Run run{kernel, precision, stream, w_hh, w_hr};
+  return run_lstm_backward(run, dy, dh_n, dc_n, dcells, w_hh, w_hr, c0, cells, gates, flags,
+                           reverse);
+}
+
+std::tuple<Tensor, Tensor, Tensor> gru_forward(const Tensor& gates_x, const Tensor& w_hh,
+                                               const MaybeTensor& b_hn, const Tensor& h0,
+                                               const MaybeTensor& flags, std::vector<bool> reverse,
+                                               bool reset_after, bool keep_gates, int64_t kernel,
+                                               int64_t precision, int64_t stream) {
+  const Run run{kernel, precision, stream, w_hh, {}};
+  GruOutputs out =
+      run_gru_forward(run, gates_x, w_hh, b_hn, h0, flags, reverse, reset_after, true, keep_gates);
+  return {out.y, out.h_n, out.gates};
+}
+
+std::tuple<Tensor, Tensor> gru_inference(const Tensor& gates_x, const Tensor& w_hh,
+                                         const MaybeTensor& b_hn, const Tensor& h0,
+                                         const MaybeTensor& flags, std::vector<bool> reverse,
+                                         bool reset_after, int64_t kernel, int64_t precision,
+                                         int64_t stream) {
+  const Run run{kernel, precision, stream, w_hh, {}};
+  GruOutputs out =
+      run_gru_forward(run, gates_x, w_hh, b_hn, h0, flags, reverse, reset_after, false, false);
+  return {out.y, out.h_n};
+}
+
+std::tuple<Tensor, Tensor, Tensor> gru_backward(const MaybeTensor& dy, const MaybeTensor& dh_n,
+                                                const Tensor& w_hh, const Tensor& h0,
+                                                const Tensor& y, const Tensor& gates,
+                                                const MaybeTensor& flags, std::vector<bool> reverse,
+                                                bool reset_after, int64_t kernel, int64_t precision,
+                                                int64_t stream) {
+  const Run run{kernel, precision, stream, w_hh, {}};
+  return run_gru_backward(run, dy, dh_n, w_hh, h0, y, gates, flags, reverse, reset_after);
+}
+
+std::tuple<Tensor, Tensor> rnn_forward(const Tensor& gates_x, const Tensor& w_hh, const Tensor& h0,
+                                       const MaybeTensor& flags, std::vector<bool> reverse,
+                                       bool relu, int64_t kernel, int64_t precision,
+                                       int64_t stream) {
+  const Run run{kernel, precision, stream, w_hh, {}};
+  return run_rnn_forward(run, gates_x, w_hh, h0, flags, reverse, relu);
+}
+
+std::tuple<Tensor, Tensor> rnn_backward(const MaybeTensor& dy, const MaybeTensor& dh_n,
+                                        const Tensor& w_hh, const Tensor& y,
+                                        const MaybeTensor& flags, std::vector<bool> reverse,
+                                        bool relu, int64_t kernel, int64_t precision,
+                                        int64_t stream) {
+  const Run run{kernel, precision, stream, w_hh, {}};
+  return run_rnn_backward(run, dy, dh_n, w_hh, y, flags, reverse, relu);
+}
+
+// What a block scan needs of a multiprocessor: threads (0: there is none for this H) and bytes of
+// shared memory. cell: 0 LSTM, 1 GRU, 2 RNN; product: of params.h.
+std::tuple<int64_t, int64_t> block_needs(int64_t cell, int64_t product, int64_t hidden,
+                                         bool backward) {
+  STD_TORCH_CHECK(0 <= cell && cell <= 2 && 0 <= product && product <= 4,
+                  "there is no cell ", cell, " or no product ", product);
+  BlockNeeds found;
+  const auto use = [&]<Product kProduct>() {
+    found = cell == 0   ? BlockScan<Cell::kLstm, kProduct>::needs(hidden, backward)
+            : cell == 1 ? BlockScan<Cell::kGru, kProduct>::needs(hidden, backward)
+                        : BlockScan<Cell::kRnn, kProduct>::needs(hidden, backward);
+  };
+  const DType io = product == 0   ? DType::kBFloat16
+                   : product == 1 ? DType::kFloat16
+                                  : DType::kFloat32;
+  with_product(io, product == 2 ? 1 : product == 3 ? 2 : 0, use);
+  return {found.threads, static_cast<int64_t>(found.shared_bytes)};
+}
+
+bool is_emulated() { return kEmulated; }
+
+#if defined(FUSED_RNN_EMULATOR)
+void emulate(int64_t seed, int64_t resident) {
+  emulator::options().seed = static_cast<uint64_t>(seed);
+  emulator::options().resident = static_cast<int>(resident);
+}
+#endif
+
+}  // namespace
+}  // namespace fused_rnn::cuda
+
+#define FUSED_RNN_CHOICE "int kernel, int precision, int stream)"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fused_rnn, m) {
+  m.def(
+      "cuda_scan_lstm_forward(Tensor gates_x, Tensor w_hh, Tensor? w_hr, Tensor h0, Tensor c0, "
+      "Tensor? flags, bool[] reverse, bool keep_gates, " FUSED_RNN_CHOICE
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "cuda_scan_lstm_inference(Tensor gates_x, Tensor w_hh, Tensor? w_hr, Tensor h0, Tensor c0, "
+      "Tensor? flags, bool[] reverse, " FUSED_RNN_CHOICE " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "cuda_scan_lstm_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, "
+      "Tensor w_hh, Tensor? w_hr, Tensor c0, Tensor cells, Tensor gates, Tensor? flags, "
+      "bool[] reverse, " FUSED_RNN_CHOICE " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "cuda_scan_gru_forward(Tensor gates_x, Tensor w_hh, Tensor? b_hn, Tensor h0, Tensor? flags, "
+      "bool[] reverse, bool reset_after, bool keep_gates, " FUSED_RNN_CHOICE
+      " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "cuda_scan_gru_inference(Tensor gates_x, Tensor w_hh, Tensor? b_hn, Tensor h0, "
+      "Tensor? flags, bool[] reverse, bool reset_after, " FUSED_RNN_CHOICE " -> (Tensor, Tensor)");
+  m.def(
+      "cuda_scan_gru_backward(Tensor? dy, Tensor? dh_n, Tensor w_hh, Tensor h0, Tensor y, "
+      "Tensor gates, Tensor? flags, bool[] reverse, bool reset_after, " FUSED_RNN_CHOICE
+      " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "cuda_scan_rnn_forward(Tensor gates_x, Tensor w_hh, Tensor h0, Tensor? flags, "
+      "bool[] reverse, bool relu, " FUSED_RNN_CHOICE " -> (Tensor, Tensor)");
+  m.def(
+      "cuda_scan_rnn_backward(Tensor? dy, Tensor? dh_n, Tensor w_hh, Tensor y, Tensor? flags, "
+      "bool[] reverse, bool relu, " FUSED_RNN_CHOICE " -> (Tensor, Tensor)");
+  m.def("cuda_block_needs(int cell, int product, int hidden, bool backward) -> (int, int)");
+  m.def("cuda_is_emulated() -> bool");
+#if defined(FUSED_RNN_EMULATOR)
+  m.def("cuda_emulate(int seed, int resident) -> ()");
+#endif
+}
+
+#if defined(FUSED_RNN_EMULATOR)
+STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CUDA, m) {
+#endif
+  m.impl("cuda_scan_lstm_forward", TORCH_BOX(&fused_rnn::cuda::lstm_forward));
+  m.impl("cuda_scan_lstm_inference", TORCH_BOX(&fused_rnn::cuda::lstm_inference));
+  m.impl("cuda_scan_lstm_backward", TORCH_BOX(&fused_rnn::cuda::lstm_backward));
+  m.impl("cuda_scan_gru_forward", TORCH_BOX(&fused_rnn::cuda::gru_forward));
+  m.impl("cuda_scan_gru_inference", TORCH_BOX(&fused_rnn::cuda::gru_inference));
+  m.impl("cuda_scan_gru_backward", TORCH_BOX(&fused_rnn::cuda::gru_backward));
+  m.impl("cuda_scan_rnn_forward", TORCH_BOX(&fused_rnn::cuda::rnn_forward));
+  m.impl("cuda_scan_rnn_backward", TORCH_BOX(&fused_rnn::cuda::rnn_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CompositeExplicitAutograd, m) {
+  m.impl("cuda_block_needs", TORCH_BOX(&fused_rnn::cuda::block_needs));
+  m.impl("cuda_is_emulated", TORCH_BOX(&fused_rnn::cuda::is_emulated));
+#if defined(FUSED_RNN_EMULATOR)
+  m.impl("cuda_emulate", TORCH_BOX(&fused_rnn::cuda::emulate));
+#endif
+}

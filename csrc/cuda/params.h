@@ -1,0 +1,29 @@
+// What the launchers hand to the kernels, by value: the call (waist/calls.h has shapes and strides),
+// and where in the stack a launch begins.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "waist/calls.h"
+
+namespace fused_rnn::cuda {
+
+// What operands of recurrent products are and how they are multiplied. The first two have tensors of
+// that dtype (io), the others of float32.
+enum class Product : int32_t { kBf16, kF16, kTf32, kTf32x3, kIeee };
+
+enum class Cell : int32_t { kLstm, kGru, kRnn };
+
+// Stack entries of one launch: as many as have a bit here.
+constexpr int kLaunchEntries = 1024;
+
+// call.layer.flags is memory of the device; call.layer.reverse, of the host, is not used here.
+template <class Call>
+struct Params {
+  Call call;
+  int64_t first_entry = 0;
+  uint32_t reverse_bits[kLaunchEntries / 32] = {};
+};
+
+}  // namespace fused_rnn::cuda

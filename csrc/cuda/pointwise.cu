@@ -1,0 +1,67 @@
+// The pointwise kernels' launches.
+#include "cuda/launch.cuh"
+#include "cuda/pointwise.cuh"
+
+namespace fused_rnn::cuda {
+namespace {
+
+template <class Call>
+using Kernel = void (*)(const Pointwise<Call>);
+
+// The kernel of a step's phase.
+
+template <class T>
+Kernel<LstmForward> step_kernel(const LstmForward&, bool second) {
+  return second ? lstm_project_step<T> : lstm_step<T>;
+}
+template <class T>
+Kernel<LstmBackward> step_kernel(const LstmBackward& call, bool second) {
+  return call.w_hr.data != nullptr && !second ? lstm_project_step_back<T> : lstm_step_back<T>;
+}
+template <class T>
+Kernel<GruForward> step_kernel(const GruForward& call, bool second) {
+  if (call.reset_after) return gru_after_step<T>;
+  return second ? gru_before_candidate_step<T> : gru_before_gates_step<T>;
+}
+template <class T>
+Kernel<GruBackward> step_kernel(const GruBackward& call, bool second) {
+  if (call.reset_after) return gru_after_step_back<T>;
+  return second ? gru_before_reset_step_back<T> : gru_before_candidate_step_back<T>;
+}
+template <class T>
+Kernel<RnnForward> step_kernel(const RnnForward&, bool) {
+  return rnn_step<T>;
+}
+template <class T>
+Kernel<RnnBackward> step_kernel(const RnnBackward&, bool) {
+  return rnn_step_back<T>;
+}
+
+template <class T, class Call>
+Kernel<Call> kernel_of(Phase phase, const Call& call) {
+  if (phase == Phase::kStart) return start<T, Call>;
+  if (phase == Phase::kFinish) return finish<T, Call>;
+  return step_kernel<T>(call, phase == Phase::kSecond);
+}
+
+}  // namespace
+
+template <class Call>
+void launch_pointwise(Phase phase, DType dtype, const Pointwise<Call>& pointwise, void* stream) {
+  const Call& call = pointwise.params.call;
+  const int64_t threads = call.layer.batch * pointwise.width;
+  const Grid grid{(threads + kPointwiseThreads - 1) / kPointwiseThreads, 1, kPointwiseThreads, 0};
+  Pointwise<Call> argument = pointwise;
+  const Kernel<Call> kernel = dtype == DType::kFloat64 ? kernel_of<double>(phase, call)
+                                                       : kernel_of<float>(phase, call);
+  launch_stack(kernel, grid, argument, argument.params, stream);
+}
+
+template void launch_pointwise(Phase, DType, const Pointwise<LstmForward>&, void*);
+template void launch_pointwise(Phase, DType, const Pointwise<LstmBackward>&, void*);
+template void launch_pointwise(Phase, DType, const Pointwise<GruForward>&, void*);
+template void launch_pointwise(Phase, DType, const Pointwise<GruBackward>&, void*);
+template void launch_pointwise(Phase, DType, const Pointwise<RnnForward>&, void*);
+template void launch_pointwise(Phase, DType, const Pointwise<RnnBackward>&, void*);
+
+}  // namespace fused_rnn::cuda

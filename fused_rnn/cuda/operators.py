@@ -1,0 +1,144 @@
+"""The operators ``fused_rnn::cuda_*``: a plan, a precision and a stream for the library's own.
+
+Schemas are fused_rnn/ops.py's, meanings docs/design.md's.
+"""
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from fused_rnn import plan as devices
+from fused_rnn.cuda import library, planning
+from fused_rnn.ops import ACC_DTYPE, GATES
+from fused_rnn.plan import PRECISIONS, Shape
+from fused_rnn.precision import current_fp32_precision
+
+# The model that plans emulated runs on the CPU.
+_EMULATED_DEVICE = devices.DEVICES["H200"]
+
+
+def _device_model(device: torch.device) -> devices.Device:
+    if reason := library.why_unavailable():
+        raise RuntimeError(f"the CUDA backend is unavailable: {reason}")
+    if device.type == "cpu":
+        if not library.is_emulated():
+            raise RuntimeError(
+                "the CUDA backend runs on NVIDIA GPUs, the tensors are on the CPU; move them to a"
+                " GPU"
+            )
+        return _EMULATED_DEVICE
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return devices.device_of(index)
+
+
+@contextlib.contextmanager
+def _products(precision: str, device: torch.device):
+    """torch's float32 products as a scan's precision wants them: TF32 for "tf32" alone, for there
+    is no 3xTF32 of torch's. (Operands of 16-bit scans are exact in TF32.)"""
+    if device.type != "cuda":
+        yield
+        return
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def _run(name: str, w_hh: Tensor, sequence: Tensor, *args, proj=0, reset_after=True):
+    """One of the library's operators, with the kernel its shape gets."""
+    cell, direction = name.split("_")
+    device = w_hh.device
+    model = _device_model(device)
+    precision = "ieee"
+    if w_hh.dtype == torch.float32 and model.has_tf32:
+        precision = current_fp32_precision(device.type)
+    kernel = "step"
+    if w_hh.dim() == 3 and sequence.dim() == 4:  # else the operator says what is wrong
+        S, width, _ = w_hh.shape
+        shape = Shape(
+            *(cell, S, sequence.shape[1], width // GATES[cell], w_hh.dtype, proj, reset_after),
+            *(precision, direction == "backward"),
+        )
+        if shape.H and S and w_hh.dtype in ACC_DTYPE:
+            kernel = planning.choose(model, shape).kind
+    taken = "tf32" if w_hh.dtype.itemsize == 2 else precision
+    on, stream = contextlib.nullcontext(), 0
+    if device.type == "cuda":
+        on, stream = torch.cuda.device(device), torch.cuda.current_stream(device).cuda_stream
+    op = getattr(torch.ops.fused_rnn, f"cuda_scan_{name}").default
+    choice = (planning.KERNELS.index(kernel), PRECISIONS.index(precision), stream)
+    with torch.no_grad(), on:
+        if kernel == "block":
+            return op(*args, *choice)
+        with _products(taken, device):
+            return op(*args, *choice)
+
+
+def _projection(w_hr: Tensor | None) -> int:
+    return 0 if w_hr is None else w_hr.shape[-2] if w_hr.dim() > 1 else 1
+
+
+def lstm_forward(gates_x, w_hh, w_hr, *rest):
+    args = (gates_x, w_hh, w_hr, *rest)
+    return _run("lstm_forward", w_hh, gates_x, *args, proj=_projection(w_hr))
+
+
+def lstm_inference(gates_x, w_hh, w_hr, *rest):
+    args = (gates_x, w_hh, w_hr, *rest)
+    return _run("lstm_inference", w_hh, gates_x, *args, proj=_projection(w_hr))
+
+
+def lstm_backward(dy, dh_n, dc_n, dcells, w_hh, w_hr, c0, cells, *rest):
+    args = (dy, dh_n, dc_n, dcells, w_hh, w_hr, c0, cells, *rest)
+    return _run("lstm_backward", w_hh, cells, *args, proj=_projection(w_hr))
+
+
+def gru_forward(gates_x, w_hh, b_hn, h0, flags, reverse, reset_after, keep_gates):
+    args = (gates_x, w_hh, b_hn, h0, flags, reverse, reset_after, keep_gates)
+    return _run("gru_forward", w_hh, gates_x, *args, reset_after=reset_after)
+
+
+def gru_inference(gates_x, w_hh, b_hn, h0, flags, reverse, reset_after):
+    args = (gates_x, w_hh, b_hn, h0, flags, reverse, reset_after)
+    return _run("gru_inference", w_hh, gates_x, *args, reset_after=reset_after)
+
+
+def gru_backward(dy, dh_n, w_hh, h0, y, gates, flags, reverse, reset_after):
+    args = (dy, dh_n, w_hh, h0, y, gates, flags, reverse, reset_after)
+    return _run("gru_backward", w_hh, y, *args, reset_after=reset_after)
+
+
+def rnn_forward(gates_x, w_hh, *rest):
+    return _run("rnn_forward", w_hh, gates_x, gates_x, w_hh, *rest)
+
+
+def rnn_backward(dy, dh_n, w_hh, y, *rest):
+    return _run("rnn_backward", w_hh, y, dy, dh_n, w_hh, y, *rest)
+
+
+def matmul(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """The waist's matmul, which is outside the scans: the Triton backend's on a GPU, the CPU
+    backend's in emulation. A row's bits depend on the row alone in both."""
+    _device_model(a.device)
+    if a.device.type == "cpu":
+        return torch.ops.fused_rnn.cpu_matmul(a, b, bias)
+    from fused_rnn.triton.operators import matrix_product
+
+    return matrix_product(a, b, bias)
+
+
+IMPLEMENTATIONS = {
+    "lstm_forward": lstm_forward,
+    "lstm_inference": lstm_inference,
+    "lstm_backward": lstm_backward,
+    "gru_forward": gru_forward,
+    "gru_inference": gru_inference,
+    "gru_backward": gru_backward,
+    "rnn_forward": rnn_forward,
+    "rnn_backward": rnn_backward,
+    "matmul": matmul,
+}
