@@ -1,9 +1,9 @@
 """What the planner's model says a step should take on a GPU: `python -m benchmarks.predict`.
 
 Prints the table of docs/performance.md: for every shape of the registry (one layer of a case) the
-kernel chosen, the predicted microseconds of a step forward / backward, and in brackets what a
-forward step of torch.nn's path is taken to cost. No GPU is needed. With --write the table goes into
-the document.
+faster backend's kernel, the predicted microseconds of a step forward / backward, and in brackets
+what a forward step of torch.nn's path is taken to cost. No GPU is needed. With --write the table
+goes into the document.
 """
 
 import pathlib
@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.cases import CASES
 from fused_rnn import plan
+from fused_rnn.cuda import planning
 from fused_rnn.plan import DEVICES, Shape
 
 COLUMNS = (
@@ -25,12 +26,15 @@ COLUMNS = (
 
 
 def cell_text(device: plan.Device, shape: Shape) -> str:
-    """One field: kernel, forward / backward (torch.nn)."""
-    forward = plan.chosen(device, shape)
-    backward = plan.chosen(device, replace(shape, backward=True))
+    """One field: backend and kernel, forward / backward (torch.nn)."""
+    backward = replace(shape, backward=True)
     theirs = plan.cudnn_step_us(device, shape)
-    kernels = {"block": "block", "streamed": "stream", "step": "step"}
-    return f"{kernels[forward.plan.kind]} {forward.total:.1f} / {backward.total:.1f} ({theirs:.1f})"
+    name, planner = "Triton", plan
+    if planning.blocks_win(device, shape):
+        name, planner = "CUDA", planning
+    ours = planner.chosen(device, shape)
+    back = planner.chosen(device, backward).total
+    return f"{name} {ours.plan.kind} {ours.total:.1f} / {back:.1f} ({theirs:.1f})"
 
 
 def rows():

@@ -1,6 +1,5 @@
 """The table of backends: where each runs, why it is unavailable, and which one a call gets."""
 
-import dataclasses
 import functools
 import importlib.util
 import os
@@ -110,22 +109,25 @@ def _cuda_refuses(request: Request) -> str | None:
     if request.device != runs_on:
         where = "on CPU tensors, being emulated" if runs_on == "cpu" else "on NVIDIA GPUs"
         return f"it runs {where}, the input is on {request.device}; move the module and input"
+    index = request.device_index or 0
+    if runs_on == "cuda" and not cuda_library.has_code_for(index):
+        arch = ".".join(map(str, torch.cuda.get_device_capability(index)))
+        return (
+            f"the library has no code for this GPU; TORCH_CUDA_ARCH_LIST={arch}"
+            " FUSED_RNN_CUDA=1 pip install --no-build-isolation . builds it"
+        )
     return None
 
 
 def _cuda_yields(request: Request) -> str | None:
     if request.device == "cpu":
         return "emulated kernels are slow"
-    if request.hidden is None or not request.rows:
+    if request.hidden is None or request.rows == 0:
         return "sizes are not known, or the batch is empty; Triton's kernels take any"
     device, shape = _planned(request)
-    for backward in (False, True):
-        both = dataclasses.replace(shape, backward=backward)
-        if cuda_planning.choose(device, both).kind != "block":
-            return f"H = {shape.H} has no block scan, and Triton's kernels go faster step by step"
-    ours = cuda_planning.chosen(device, shape).total
-    if plan.chosen(device, shape).total < ours:
+    if not cuda_planning.blocks_win(device, shape):
         return f"Triton's kernels are predicted to be faster at B = {shape.B}, H = {shape.H}"
+    ours = cuda_planning.chosen(device, shape).total
     can = not _torch_refuses(request) and _torch_takes(device, shape)
     if can and plan.cudnn_step_us(device, shape) < ours:
         return f"torch.nn's path is predicted to be faster at B = {shape.B}, H = {shape.H}"
@@ -183,7 +185,7 @@ def _planned(request: Request) -> tuple[plan.Device, plan.Shape]:
 
 
 def _torch_takes(device: plan.Device, shape: plan.Shape) -> bool:
-    """Whether torch.nn's path takes float32 products as asked: it knows torch's own setting alone."""
+    """Whether torch.nn's path takes float32 products as asked: it knows torch's setting alone."""
     if shape.dtype != torch.float32 or not device.has_tf32:
         return True
     return shape.precision == torch_fp32_precision()

@@ -243,12 +243,14 @@ class Prediction:
     products: float
     weights: float
     sequences: float
+    arithmetic: float
     latency: float
     launches: float
 
     @property
     def total(self) -> float:
-        return max(self.products, self.weights, self.sequences) + max(self.latency, self.launches)
+        busy = max(self.products, self.weights, self.sequences) + self.arithmetic
+        return busy + max(self.latency, self.launches)
 
 
 # Published cycles: shared memory 29 (a write, a barrier and a read: about 100), L2 258 to 414, one
@@ -256,11 +258,25 @@ class Prediction:
 EXCHANGE_CYCLES = 100
 L2_CYCLES = 330
 MMA_CYCLES = 24
-EXPONENTIAL_CYCLES = {"lstm": 5 * 35, "gru": 3 * 35, "rnn": 35}
+EXPONENTIALS = {"lstm": 5, "gru": 3, "rnn": 1}  # of a unit, forward; the LSTM's backward has one
+EXPONENTIAL_CYCLES = 35
+# What a unit of a row costs a multiprocessor, which does 128 instructions a clock: some 20 for each
+# exponential with its quotient, and 8 for each value read, written or formed.
+EXPONENTIAL_INSTRUCTIONS, VALUE_INSTRUCTIONS = 20, 8
 # From the host: one launch of a loop that reuses a compiled kernel; on the GPU: from the end of one
 # kernel to the start of the next.
 LAUNCH_US = 4.0
 KERNEL_US = 1.0
+
+
+def arithmetic_cycles(shape: Shape, elements: int, exponential: float) -> float:
+    """Clocks of a multiprocessor for the gates of so many units and rows, ``exponential``
+    instructions each exponential."""
+    count = EXPONENTIALS[shape.cell]
+    if shape.backward:
+        count = 1 if shape.cell == "lstm" else 0
+    values = 3 * shape.gates + 3 if shape.backward else 2 * shape.gates + 3
+    return elements * (count * exponential + values * VALUE_INSTRUCTIONS) / 128
 
 
 def rate_of(device: Device, shape: Shape) -> float:
@@ -281,7 +297,7 @@ def predict(device: Device, shape: Shape, plan: BlockPlan | TilePlan) -> Predict
     # Gates in and out (float32), y, and what the backward scan adds.
     per_unit = (gates * 4 + 4 + shape.itemsize) * (2 if shape.backward else 1)
     sequences = shape.S * shape.B * shape.H * per_unit / device.memory * 1e-3
-    exponentials = EXPONENTIAL_CYCLES[shape.cell] / (2 if shape.backward else 1)
+    exponentials = EXPONENTIAL_CYCLES * EXPONENTIALS[shape.cell] / (2 if shape.backward else 1)
     weights_bytes = gates * shape.H * out * shape.itemsize
     phases = 2 if shape.two_phases else 1
     if isinstance(plan, BlockPlan):
@@ -289,8 +305,15 @@ def predict(device: Device, shape: Shape, plan: BlockPlan | TilePlan) -> Predict
         work = gates * plan.block_h**2 * plan.block_b
         chain = plan.block_h / 16 * MMA_CYCLES * (2 if shape.backward else 1)
         latency = (chain + 2 * EXCHANGE_CYCLES * phases + exponentials + L2_CYCLES / 4) * waves
+        elements = plan.block_h * plan.block_b * waves
         return Prediction(
-            plan, work / rate * waves * us_per_cycle, 0.0, sequences, latency * us_per_cycle, 0.0
+            plan,
+            work / rate * waves * us_per_cycle,
+            0.0,
+            sequences,
+            arithmetic_cycles(shape, elements, EXPONENTIAL_INSTRUCTIONS) * us_per_cycle,
+            latency * us_per_cycle,
+            0.0,
         )
     blocks = -(-shape.H // plan.block_u)
     padded = 4 if gates == 3 and not shape.backward else gates
@@ -302,16 +325,25 @@ def predict(device: Device, shape: Shape, plan: BlockPlan | TilePlan) -> Predict
         waves = -(-tiles // device.multiprocessors)
         weights = weights_bytes / device.l2_one * waves * us_per_cycle
         total = latency * (blocks + 1) / 2 * waves * us_per_cycle  # two blocks overlap
+        elements = plan.block_u * plan.block_b * blocks * waves
         return Prediction(
-            plan, work * blocks / rate * waves * us_per_cycle, weights, sequences, total, 0.0
+            plan,
+            work * blocks / rate * waves * us_per_cycle,
+            weights,
+            sequences,
+            arithmetic_cycles(shape, elements, EXPONENTIAL_INSTRUCTIONS) * us_per_cycle,
+            total,
+            0.0,
         )
     waves = -(-tiles * blocks // device.multiprocessors)
     weights = weights_bytes * tiles / device.l2 * 1e-3
+    elements = plan.block_u * plan.block_b * waves
     return Prediction(
         plan,
         work / rate * waves * us_per_cycle,
         weights,
         sequences,
+        arithmetic_cycles(shape, elements, EXPONENTIAL_INSTRUCTIONS) * us_per_cycle,
         latency * us_per_cycle + KERNEL_US * phases,
         LAUNCH_US * phases,
     )
@@ -365,7 +397,9 @@ def cudnn_step_us(device: Device, shape: Shape) -> float:
     out = shape.proj or shape.H
     weights = shape.gates * shape.H * out * shape.itemsize
     products = 2 * shape.gates * shape.H * out * shape.B
-    rate = rate_of(device, replace(shape, precision="ieee" if shape.precision == "ieee" else "tf32"))
+    rate = rate_of(
+        device, replace(shape, precision="ieee" if shape.precision == "ieee" else "tf32")
+    )
     peak = device.multiprocessors * device.clock * 2e3 * rate  # operations a us
     once = 3.5 + max(weights / device.l2 * 1e-3, 2 * products / peak)
     return once * shape.S

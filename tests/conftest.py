@@ -12,7 +12,8 @@ if not GPU:  # Triton's kernels then run in its interpreter; this is read when t
 from fused_rnn import backends  # noqa: E402
 
 # A new backend joins the whole matrix by its name and the device its tensors live on.
-UNDER_TEST = {"cpu": "cpu", "reference": "cpu", "triton": "cuda" if GPU else "cpu"}
+_GPU = "cuda" if GPU else "cpu"
+UNDER_TEST = {"cpu": "cpu", "reference": "cpu", "cuda": _GPU, "triton": _GPU}
 
 
 def interpreted(backend: str) -> bool:

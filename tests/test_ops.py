@@ -7,7 +7,7 @@ from conftest import UNDER_TEST
 from fused_rnn import ops
 from fused_rnn.precision import fp32_precision
 
-BACKENDS = ["cpu", "triton"]  # those with operators of their own
+BACKENDS = ["cpu", "cuda", "triton"]  # those with operators of their own
 T, B, S, H, P = 4, 3, 2, 5, 2
 
 

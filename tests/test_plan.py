@@ -1,6 +1,7 @@
 """The planner, without a GPU: every shape gets a plan that fits, and the choice follows it."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fused_rnn import backends, plan
+from fused_rnn.cuda import library, planning
 from fused_rnn.explain import explain
 from fused_rnn.plan import DEVICES, BlockPlan, Shape
 from fused_rnn.precision import fp32_precision
@@ -63,14 +65,61 @@ def test_every_shape_gets_a_plan_that_fits(shape, name):
 @given(shapes(), st.sampled_from(list(DEVICES)))
 def test_the_rows_enter_no_tile_but_by_size(shape, name):
     """Batches of nearby sizes run the same kernel: only tiles chosen among few may differ."""
-    from dataclasses import replace
-
     device = DEVICES[name]
     kinds = {plan.choose(device, replace(shape, B=b)).kind for b in (1, 3, 32, 500, 100_000)}
     assert len(kinds) == 1
     tiles = {plan.tile_plan(device, replace(shape, B=b), False) for b in range(1, 33)}
     blocks = {plan.block_plan(device, replace(shape, B=b)) for b in (1, 7, 100, 5000)}
     assert len(tiles) == 1 and len(blocks) == 1
+
+
+@settings(deadline=None, max_examples=300)
+@given(shapes(), st.sampled_from(list(DEVICES)))
+def test_every_shape_gets_a_cuda_plan_that_fits(shape, name):
+    device = DEVICES[name]
+    chosen = planning.choose(device, shape)
+    found = planning.choices(device, shape)
+    assert chosen in [prediction.plan for prediction in found]
+    assert any(prediction.plan.kind == "step" for prediction in found)
+    for prediction in found:
+        assert prediction.total > 0
+        block = prediction.plan
+        if block.kind == "block":
+            assert device.backend == "cuda" and block.shared <= device.shared
+            assert block.max_units >= shape.H and shape.H <= block.threads // 2 < shape.H + 16
+            assert block.threads % 32 == 0 and block.threads <= 2 * block.max_units <= 512
+            assert not shape.proj and shape.reset_after and shape.dtype != torch.float64
+    kinds = {planning.choose(device, replace(shape, B=b)).kind for b in (1, 3, 500, 100_000)}
+    assert len(kinds) == 1, "a row's bits would depend on the batch"
+
+
+def test_cuda_block_scans_go_where_they_should():
+    for cell, dtype in itertools.product(("lstm", "gru", "rnn"), DTYPES[2:]):
+        for name in ("A100", "H100", "H200", "B200", "RTX 5090"):
+            for hidden, backward in itertools.product((1, 64, 100, 128), (False, True)):
+                shape = Shape(cell, 1, 32, hidden, dtype, backward=backward)
+                assert planning.choose(DEVICES[name], shape).kind == "block", (name, shape)
+    large = Shape("lstm", 1, 32, 160, torch.bfloat16, backward=True)
+    assert planning.choose(DEVICES["H200"], large).kind == "block"
+    assert planning.block_plan(DEVICES["A100"], replace(large, H=192)) is None
+    assert planning.block_plan(DEVICES["MI300X"], replace(large, H=32)) is None
+    assert planning.block_plan(replace(DEVICES["A100"], arch=75), replace(large, H=32)) is None
+
+
+def test_more_of_anything_takes_a_cuda_kernel_no_less_time():
+    for cell, dtype in itertools.product(("lstm", "gru", "rnn"), DTYPES):
+        base = Shape(cell, 1, 16, 64, dtype)
+        for field, value in (("B", 4096), ("S", 300), ("H", 90)):
+            bigger = replace(base, **{field: value})
+            for step in (False, True):
+                plans = [planning.block_plan(DEVICES["H200"], s) for s in (base, bigger)]
+                if step or not all(plans):
+                    plans = [planning.Step(), planning.Step()]
+                times = [
+                    planning.predict(DEVICES["H200"], s, p).total
+                    for s, p in zip((base, bigger), plans, strict=True)
+                ]
+                assert times[1] >= times[0]
 
 
 def test_small_states_run_as_block_scans():
@@ -109,33 +158,47 @@ def test_matmul_plans_do_not_know_the_rows():
             assert plans[0].block_k == plans[1].block_k
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_automatic_choice_on_a_gpu(dtype, monkeypatch):
-    """Ours where it is predicted to win, and for what torch.nn's path cannot do at any speed."""
+@pytest.fixture(params=[True, False], ids=["cuda", "no cuda"])
+def gpu(request, monkeypatch):
+    """An H200 to choose for, with the CUDA library or without; nothing runs on it."""
     monkeypatch.setattr(backends, "_has_gpu", lambda: True)
     monkeypatch.setattr(backends, "_interpreting", lambda: False)
     monkeypatch.setattr(plan, "device_of", lambda index: DEVICES["H200"])
+    reason = None if request.param else "there is no libfused_rnn_cuda.so"
+    monkeypatch.setattr(library, "why_unavailable", lambda: reason)
+    monkeypatch.setattr(library, "is_emulated", lambda: False)
+    return request.param
 
-    def choose(hidden, **fields):
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_automatic_choice_on_a_gpu(dtype, gpu, monkeypatch):
+    """Ours where it is predicted to win, and for what torch.nn's path cannot do at any speed."""
+
+    def choose(hidden, cell="lstm", **fields):
         sizes = {"device_index": 0, "rows": 32, "hidden": hidden}
-        return backends.choose(backends.Request("lstm", "cuda", dtype, **sizes, **fields))
+        return backends.choose(backends.Request(cell, "cuda", dtype, **sizes, **fields))
 
     assert choose(1024, flags=True) == "triton"
     assert choose(1024, cells=True) == "triton"
     if dtype.itemsize == 2:
-        assert choose(64) == "triton" and choose(128) == "triton"
-    monkeypatch.setattr(plan, "torch_is_faster", lambda device, shape: True)
-    assert choose(2048) == "torch"
+        assert choose(64) == choose(128) == ("cuda" if gpu else "triton")
+        assert choose(128, "gru", reset_after=False) == "triton"
+    monkeypatch.setattr(plan, "cudnn_step_us", lambda device, shape: 0.0)
+    assert choose(2048) == choose(64) == "torch"
+    assert choose(64, flags=True) == ("cuda" if gpu and dtype != torch.float64 else "triton")
     assert choose(None) == "triton"  # compiled, or under a transform
     if dtype == torch.float32:
         with fp32_precision("tf32x3"):
             assert choose(2048) == "triton"  # torch.nn's path would not follow
+            assert choose(64) == ("cuda" if gpu else "triton")
 
 
-def test_explain_tells_the_prediction(monkeypatch):
-    monkeypatch.setattr(backends, "_has_gpu", lambda: True)
-    monkeypatch.setattr(backends, "_interpreting", lambda: False)
-    monkeypatch.setattr(plan, "device_of", lambda index: DEVICES["H200"])
+def test_explain_tells_the_prediction(gpu, monkeypatch):
+    text = explain(torch.nn.LSTM(8, 64), device="cuda")
+    assert text.startswith(f"lstm on cuda, float32: {'cuda' if gpu else 'triton'}")
+    text = explain(torch.nn.LSTM(8, 512), device="cuda")
+    if gpu:
+        assert "cuda: Triton's kernels are predicted to be faster at B = 32, H = 512" in text
     monkeypatch.setattr(plan, "torch_is_faster", lambda device, shape: True)
     text = explain(torch.nn.LSTM(8, 512), device="cuda")
     assert text.startswith("lstm on cuda, float32: torch")

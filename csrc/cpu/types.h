@@ -1,5 +1,5 @@
-// What the CPU's operators hand to its kernels besides waist/calls.h, and one table of functions per
-// instruction set. Nothing here depends on torch or on the instruction set.
+// What the CPU's operators hand to its kernels besides waist/calls.h, and one table of functions
+// per instruction set. Nothing here depends on torch or on the instruction set.
 #pragma once
 
 #include "waist/calls.h"

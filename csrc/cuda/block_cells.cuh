@@ -1,22 +1,31 @@
-// What a block scan does for each cell with the sums of its recurrent product: a lane's state, what it
-// reads of a step ahead of time, the gate arithmetic (math/gates.h), what it writes.
+// What a block scan does for each cell with the sums of its recurrent product: a lane's state, what
+// it reads of a step ahead of time, the gate arithmetic (math/gates.h), what it writes.
+//
+// compute() is called for all slots of a lane, also those that are not there: a branch around each
+// would put their long chains of arithmetic one behind the other. write() and finish() are called
+// for the slots that are.
 #pragma once
 
 #include "cuda/rows.cuh"
 
 namespace fused_rnn::cuda {
 
-using F = Value<float>;
+// A number of the gate arithmetic.
+template <Product kProduct>
+using Number = Value<float, kProduct != Product::kIeee && kProduct != Product::kTf32x3>;
+
+// How many numbers an operand is the sum of, but for the simple RNN's state.
+constexpr int parts_of(Product product) { return product == Product::kTf32x3 ? 2 : 1; }
 
 // Forward: state h (and c) in registers, operand the state.
 
 template <Product kProduct>
 struct LstmForwardLane {
   using Call = LstmForward;
-  static constexpr int kGates = 4;
-  // A simple RNN's state is multiplied unrounded; see docs/design.md.
-  static constexpr int kParts = kProduct == Product::kTf32x3 ? 2 : 1;
-  float h[kSlots], c[kSlots], x[kGates][kSlots];
+  using F = Number<kProduct>;
+  static constexpr int kGates = 4, kParts = parts_of(kProduct);
+  float h[kSlots], c[kSlots], act[kGates][kSlots];
+  Ahead<kProduct> x[kGates];
 
   FUSED_RNN_DEVICE void start(const Call& p, const Place& place) {
     get_slots<kProduct>(h, place, p.h0, 0);
@@ -25,7 +34,7 @@ struct LstmForwardLane {
   FUSED_RNN_DEVICE void read(const Call& p, const Place& place, int64_t t) {
     FUSED_RNN_UNROLL
     for (int gate = 0; gate < kGates; ++gate) {
-      get_slots<kProduct>(x[gate], place, p.gates_x, t, gate * place.hidden);
+      x[gate].read(place, p.gates_x, t, gate * place.hidden);
     }
   }
   static FUSED_RNN_DEVICE void ahead(const Call& p, const Place& place, int64_t t) {
@@ -33,20 +42,30 @@ struct LstmForwardLane {
   }
   FUSED_RNN_DEVICE void zero(int slot) { h[slot] = c[slot] = 0.0f; }
   template <class Sums>
-  FUSED_RNN_DEVICE void step(const Call& p, const Place& place, int64_t t, int i, bool live,
-                             const Sums& sums) {
-    const auto out = math::lstm_forward(F(x[0][i] + sums.of[0][i]), F(x[1][i] + sums.of[1][i]),
-                                        F(x[2][i] + sums.of[2][i]), F(x[3][i] + sums.of[3][i]),
-                                        F(c[i]));
-    if (live) h[i] = out.h.v, c[i] = out.c.v;
-    put_io<kProduct>(p.y, place.at(p.y, t, i), live ? out.h.v : 0.0f);
-    if (p.cells.data != nullptr) put(p.cells, place.at(p.cells, t, i), live ? out.c.v : 0.0f);
+  FUSED_RNN_DEVICE void compute(const Call& p, int i, bool live, const Sums& sums) {
+    F a[kGates];
+    FUSED_RNN_UNROLL
+    for (int gate = 0; gate < kGates; ++gate) {
+      a[gate] = F(x[gate].get(p.gates_x, i) + sums.of[gate][i]);
+    }
+    const auto out = math::lstm_forward(a[0], a[1], a[2], a[3], F(c[i]));
+    h[i] = live ? out.h.v : h[i];
+    c[i] = live ? out.c.v : c[i];
+    act[0][i] = live ? out.i.v : 0.0f;
+    act[1][i] = live ? out.f.v : 0.0f;
+    act[2][i] = live ? out.g.v : 0.0f;
+    act[3][i] = live ? out.o.v : 0.0f;
+  }
+  FUSED_RNN_DEVICE void write(const Call& p, const Place& place, int64_t t, int i,
+                              bool live) const {
+    put_io<kProduct>(p.y, place.at(p.y, t, i), live ? h[i] : 0.0f);
+    if (p.cells.data != nullptr) put(p.cells, place.at(p.cells, t, i), live ? c[i] : 0.0f);
     if (p.gates.data != nullptr) {
       const int64_t at = place.at(p.gates, t, i);
-      put(p.gates, at, live ? out.i.v : 0.0f);
-      put(p.gates, at + place.hidden, live ? out.f.v : 0.0f);
-      put(p.gates, at + 2 * place.hidden, live ? out.g.v : 0.0f);
-      put(p.gates, at + 3 * place.hidden, live ? out.o.v : 0.0f);
+      FUSED_RNN_UNROLL
+      for (int gate = 0; gate < kGates; ++gate) {
+        put(p.gates, at + gate * place.hidden, act[gate][i]);
+      }
     }
   }
   FUSED_RNN_DEVICE void finish(const Call& p, const Place& place, int i) const {
@@ -58,9 +77,10 @@ struct LstmForwardLane {
 template <Product kProduct>
 struct GruForwardLane {
   using Call = GruForward;
-  static constexpr int kGates = 3;
-  static constexpr int kParts = kProduct == Product::kTf32x3 ? 2 : 1;
-  float h[kSlots], x[kGates][kSlots], b_hn[2];
+  using F = Number<kProduct>;
+  static constexpr int kGates = 3, kParts = parts_of(kProduct);
+  float h[kSlots], act[4][kSlots], b_hn[2];
+  Ahead<kProduct> x[kGates];
 
   FUSED_RNN_DEVICE void start(const Call& p, const Place& place) {
     get_slots<kProduct>(h, place, p.h0, 0);
@@ -75,7 +95,7 @@ struct GruForwardLane {
   FUSED_RNN_DEVICE void read(const Call& p, const Place& place, int64_t t) {
     FUSED_RNN_UNROLL
     for (int gate = 0; gate < kGates; ++gate) {
-      get_slots<kProduct>(x[gate], place, p.gates_x, t, gate * place.hidden);
+      x[gate].read(place, p.gates_x, t, gate * place.hidden);
     }
   }
   static FUSED_RNN_DEVICE void ahead(const Call& p, const Place& place, int64_t t) {
@@ -83,19 +103,24 @@ struct GruForwardLane {
   }
   FUSED_RNN_DEVICE void zero(int slot) { h[slot] = 0.0f; }
   template <class Sums>
-  FUSED_RNN_DEVICE void step(const Call& p, const Place& place, int64_t t, int i, bool live,
-                             const Sums& sums) {
+  FUSED_RNN_DEVICE void compute(const Call& p, int i, bool live, const Sums& sums) {
     const float hn = sums.of[2][i] + b_hn[i / 2];
-    const auto out = math::gru_after_forward(F(x[0][i] + sums.of[0][i]),
-                                             F(x[1][i] + sums.of[1][i]), F(x[2][i]), F(hn), F(h[i]));
-    if (live) h[i] = out.h.v;
-    put_io<kProduct>(p.y, place.at(p.y, t, i), live ? out.h.v : 0.0f);
+    const F a_r(x[0].get(p.gates_x, i) + sums.of[0][i]);
+    const F a_z(x[1].get(p.gates_x, i) + sums.of[1][i]);
+    const auto out = math::gru_after_forward(a_r, a_z, F(x[2].get(p.gates_x, i)), F(hn), F(h[i]));
+    h[i] = live ? out.h.v : h[i];
+    act[0][i] = live ? out.r.v : 0.0f;
+    act[1][i] = live ? out.z.v : 0.0f;
+    act[2][i] = live ? out.n.v : 0.0f;
+    act[3][i] = live ? hn : 0.0f;
+  }
+  FUSED_RNN_DEVICE void write(const Call& p, const Place& place, int64_t t, int i,
+                              bool live) const {
+    put_io<kProduct>(p.y, place.at(p.y, t, i), live ? h[i] : 0.0f);
     if (p.gates.data != nullptr) {
       const int64_t at = place.at(p.gates, t, i);
-      put(p.gates, at, live ? out.r.v : 0.0f);
-      put(p.gates, at + place.hidden, live ? out.z.v : 0.0f);
-      put(p.gates, at + 2 * place.hidden, live ? out.n.v : 0.0f);
-      put(p.gates, at + 3 * place.hidden, live ? hn : 0.0f);
+      FUSED_RNN_UNROLL
+      for (int k = 0; k < 4; ++k) put(p.gates, at + k * place.hidden, act[k][i]);
     }
   }
   FUSED_RNN_DEVICE void finish(const Call& p, const Place& place, int i) const {
@@ -106,29 +131,32 @@ struct GruForwardLane {
 template <Product kProduct>
 struct RnnForwardLane {
   using Call = RnnForward;
-  static constexpr int kGates = 1;
+  using F = Number<kProduct>;
   // Nothing bounds the state of a relu, whose kink makes much of a little rounding, so the state is
   // multiplied unrounded: three numbers of 16 bits have all its digits.
-  static constexpr int kParts =
-      has_16_bits(kProduct) ? 3 : (kProduct == Product::kTf32x3 ? 2 : 1);
-  float h[kSlots], x[kSlots];
+  static constexpr int kGates = 1, kParts = has_16_bits(kProduct) ? 3 : parts_of(kProduct);
+  float h[kSlots];
+  Ahead<kProduct> x;
 
   FUSED_RNN_DEVICE void start(const Call& p, const Place& place) {
     get_slots<kProduct>(h, place, p.h0, 0);
   }
   FUSED_RNN_DEVICE void read(const Call& p, const Place& place, int64_t t) {
-    get_slots<kProduct>(x, place, p.gates_x, t);
+    x.read(place, p.gates_x, t);
   }
   static FUSED_RNN_DEVICE void ahead(const Call& p, const Place& place, int64_t t) {
-    prefetch_rows(place, p.gates_x, t, kGates * place.hidden);
+    prefetch_rows(place, p.gates_x, t, place.hidden);
   }
   FUSED_RNN_DEVICE void zero(int slot) { h[slot] = 0.0f; }
   template <class Sums>
-  FUSED_RNN_DEVICE void step(const Call& p, const Place& place, int64_t t, int i, bool live,
-                             const Sums& sums) {
-    const float out = math::rnn_forward(F(x[i] + (sums.of[0][i] + sums.of[1][i])), p.relu).v;
-    if (live) h[i] = out;
-    put_io<kProduct>(p.y, place.at(p.y, t, i), live ? out : 0.0f);
+  FUSED_RNN_DEVICE void compute(const Call& p, int i, bool live, const Sums& sums) {
+    const float a = x.get(p.gates_x, i) + (sums.of[0][i] + sums.of[1][i]);
+    const float out = math::rnn_forward(F(a), p.relu).v;
+    h[i] = live ? out : h[i];
+  }
+  FUSED_RNN_DEVICE void write(const Call& p, const Place& place, int64_t t, int i,
+                              bool live) const {
+    put_io<kProduct>(p.y, place.at(p.y, t, i), live ? h[i] : 0.0f);
   }
   FUSED_RNN_DEVICE void finish(const Call& p, const Place& place, int i) const {
     put_io<kProduct>(p.h_n, place.at(p.h_n, 0, i), h[i]);
@@ -136,59 +164,71 @@ struct RnnForwardLane {
 };
 
 // Backward: dh, the gradient of the state between steps, in registers; the operands are the gates'
-// gradients. `before` is the step processed before t in the forward scan, whose state entered t;
-// `has_before` whether there is one.
+// gradients, d[gate][slot], zero where a row has ended. `before` is the step processed before t in
+// the forward scan, whose state entered t; `has_before` whether there is one. `cut`: the state that
+// entered the step was zeroed; `initial`: it was the initial state.
+
+// The state that entered a step.
+template <Product kProduct>
+FUSED_RNN_DEVICE float entering(float before, const Place& place, const Rows& first, int i,
+                                bool live, bool cut, bool initial) {
+  if (initial && live && place.is[i]) before = get<kProduct>(first, place.at(first, 0, i));
+  return cut ? 0.0f : before;
+}
 
 template <Product kProduct>
 struct LstmBackwardLane {
   using Call = LstmBackward;
-  static constexpr int kGates = 4;
-  static constexpr int kParts = kProduct == Product::kTf32x3 ? 2 : 1;
-  float dh[kSlots], dc[kSlots], dy[kSlots], c_before[kSlots], gates[kGates][kSlots];
+  using F = Number<kProduct>;
+  static constexpr int kGates = 4, kParts = parts_of(kProduct);
+  float dh[kSlots], dc[kSlots], d[kGates][kSlots];
+  Ahead<kProduct> dy, c, c_before, gates[kGates];
 
   FUSED_RNN_DEVICE void start(const Call& p, const Place& place, int64_t t) {
     get_slots<kProduct>(dh, place, p.dh_n, 0);
     get_slots<kProduct>(dc, place, p.dc_n, 0);
-    get_slots<kProduct>(c_before, place, p.cells, t);  // read() makes it this step's
+    c_before.read(place, p.cells, t);  // read() makes it this step's
   }
-  float c[kSlots];
   static FUSED_RNN_DEVICE void ahead(const Call& p, const Place& place, int64_t t) {
     prefetch_rows(place, p.dy, t, place.hidden);
     prefetch_rows(place, p.cells, t, place.hidden);
+    prefetch_rows(place, p.dcells, t, place.hidden);
     prefetch_rows(place, p.gates, t, 4 * place.hidden);
   }
   FUSED_RNN_DEVICE void read(const Call& p, const Place& place, int64_t t, int64_t before,
                              bool has_before) {
-    FUSED_RNN_UNROLL
-    for (int i = 0; i < kSlots; ++i) c[i] = c_before[i];
+    c = c_before;
     FUSED_RNN_UNROLL
     for (int gate = 0; gate < kGates; ++gate) {
-      get_slots<kProduct>(gates[gate], place, p.gates, t, gate * place.hidden);
+      gates[gate].read(place, p.gates, t, gate * place.hidden);
     }
-    get_slots<kProduct>(dy, place, p.dy, t);
-    get_slots<kProduct>(c_before, place, p.cells, before, 0, has_before);
+    dy.read(place, p.dy, t);
+    c_before.read(place, p.cells, before, 0, has_before);
   }
-  // cut: the state that entered the step was zeroed; initial: it was the initial state.
-  template <class Operand>
-  FUSED_RNN_DEVICE void step(const Call& p, const Place& place, int64_t t, int i, bool live,
-                             bool cut, bool initial, Operand& operand) {
-    float c_prev = c_before[i];
-    if (initial) c_prev = get<kProduct>(p.c0, place.at(p.c0, 0, i));
-    if (cut) c_prev = 0.0f;
+  FUSED_RNN_DEVICE void compute(const Call& p, const Place& place, int64_t t, int i, bool live,
+                                bool cut, bool initial) {
+    const float c_prev =
+        entering<kProduct>(c_before.get(p.cells, i), place, p.c0, i, live, cut, initial);
     float dc_now = dc[i];
-    if (p.dcells.data != nullptr) dc_now += get<kProduct>(p.dcells, place.at(p.dcells, t, i));
-    const auto d =
-        math::lstm_backward(F(gates[0][i]), F(gates[1][i]), F(gates[2][i]), F(gates[3][i]), F(c[i]),
-                            F(c_prev), F(dy[i] + dh[i]), F(dc_now));
-    const float all[kGates] = {d.di.v, d.df.v, d.dg.v, d.d_o.v};
+    if (p.dcells.data != nullptr && place.is[i]) {
+      dc_now += get<kProduct>(p.dcells, place.at(p.dcells, t, i));
+    }
+    F a[kGates];
+    FUSED_RNN_UNROLL
+    for (int gate = 0; gate < kGates; ++gate) a[gate] = F(gates[gate].get(p.gates, i));
+    const auto out = math::lstm_backward(a[0], a[1], a[2], a[3], F(c.get(p.cells, i)), F(c_prev),
+                                         F(dy.get(p.dy, i) + dh[i]), F(dc_now));
+    d[0][i] = live ? out.di.v : 0.0f;
+    d[1][i] = live ? out.df.v : 0.0f;
+    d[2][i] = live ? out.dg.v : 0.0f;
+    d[3][i] = live ? out.d_o.v : 0.0f;
+    dh[i] = live ? 0.0f : dh[i];
+    dc[i] = !live ? dc[i] : cut ? 0.0f : out.dc_prev.v;
+  }
+  FUSED_RNN_DEVICE void write(const Call& p, const Place& place, int64_t t, int i) const {
     const int64_t at = place.at(p.dgates, t, i);
     FUSED_RNN_UNROLL
-    for (int gate = 0; gate < kGates; ++gate) {
-      put(p.dgates, at + gate * place.hidden, live ? all[gate] : 0.0f);
-      cuda::place(operand, gate, place.tile_row + i % 2, place.unit(i),
-                  live && !cut ? all[gate] : 0.0f);
-    }
-    if (live) dh[i] = 0.0f, dc[i] = cut ? 0.0f : d.dc_prev.v;
+    for (int gate = 0; gate < kGates; ++gate) put(p.dgates, at + gate * place.hidden, d[gate][i]);
   }
   FUSED_RNN_DEVICE void finish(const Call& p, const Place& place, int i) const {
     put(p.dh0, place.at(p.dh0, 0, i), dh[i]);
@@ -199,9 +239,10 @@ struct LstmBackwardLane {
 template <Product kProduct>
 struct GruBackwardLane {
   using Call = GruBackward;
-  static constexpr int kGates = 3;
-  static constexpr int kParts = kProduct == Product::kTf32x3 ? 2 : 1;
-  float dh[kSlots], dy[kSlots], h_before[kSlots], gates[4][kSlots];
+  using F = Number<kProduct>;
+  static constexpr int kGates = 3, kParts = parts_of(kProduct);
+  float dh[kSlots], d[kGates][kSlots], dn[kSlots];  // d: of r, z and hn
+  Ahead<kProduct> dy, h_before, gates[4];
 
   FUSED_RNN_DEVICE void start(const Call& p, const Place& place, int64_t) {
     get_slots<kProduct>(dh, place, p.dh_n, 0);
@@ -214,33 +255,31 @@ struct GruBackwardLane {
   FUSED_RNN_DEVICE void read(const Call& p, const Place& place, int64_t t, int64_t before,
                              bool has_before) {
     FUSED_RNN_UNROLL
-    for (int gate = 0; gate < 4; ++gate) {
-      get_slots<kProduct>(gates[gate], place, p.gates, t, gate * place.hidden);
-    }
-    get_slots<kProduct>(dy, place, p.dy, t);
-    get_slots<kProduct>(h_before, place, p.y, before, 0, has_before);
+    for (int k = 0; k < 4; ++k) gates[k].read(place, p.gates, t, k * place.hidden);
+    dy.read(place, p.dy, t);
+    h_before.read(place, p.y, before, 0, has_before);
   }
-  template <class Operand>
-  FUSED_RNN_DEVICE void step(const Call& p, const Place& place, int64_t t, int i, bool live,
-                             bool cut, bool initial, Operand& operand) {
-    float h_prev = h_before[i];
-    if (initial) h_prev = get<kProduct>(p.h0, place.at(p.h0, 0, i));
-    if (cut) h_prev = 0.0f;
-    const auto d =
-        math::gru_after_backward(F(gates[0][i]), F(gates[1][i]), F(gates[2][i]), F(gates[3][i]),
-                                 F(h_prev), F(dy[i] + dh[i]));
-    const int64_t at = place.at(p.dgates, t, i);
-    put(p.dgates, at, live ? d.dr.v : 0.0f);
-    put(p.dgates, at + place.hidden, live ? d.dz.v : 0.0f);
-    put(p.dgates, at + 2 * place.hidden, live ? d.dn.v : 0.0f);
-    put(p.dgates_hn, place.at(p.dgates_hn, t, i), live ? d.dhn.v : 0.0f);
-    const float all[kGates] = {d.dr.v, d.dz.v, d.dhn.v};
+  FUSED_RNN_DEVICE void compute(const Call& p, const Place& place, int64_t, int i, bool live,
+                                bool cut, bool initial) {
+    const float h_prev =
+        entering<kProduct>(h_before.get(p.y, i), place, p.h0, i, live, cut, initial);
+    F a[4];
     FUSED_RNN_UNROLL
-    for (int gate = 0; gate < kGates; ++gate) {
-      cuda::place(operand, gate, place.tile_row + i % 2, place.unit(i),
-                  live && !cut ? all[gate] : 0.0f);
-    }
-    if (live) dh[i] = cut ? 0.0f : d.dh_prev.v;
+    for (int k = 0; k < 4; ++k) a[k] = F(gates[k].get(p.gates, i));
+    const auto out =
+        math::gru_after_backward(a[0], a[1], a[2], a[3], F(h_prev), F(dy.get(p.dy, i) + dh[i]));
+    d[0][i] = live ? out.dr.v : 0.0f;
+    d[1][i] = live ? out.dz.v : 0.0f;
+    d[2][i] = live ? out.dhn.v : 0.0f;
+    dn[i] = live ? out.dn.v : 0.0f;
+    dh[i] = !live ? dh[i] : cut ? 0.0f : out.dh_prev.v;
+  }
+  FUSED_RNN_DEVICE void write(const Call& p, const Place& place, int64_t t, int i) const {
+    const int64_t at = place.at(p.dgates, t, i);
+    put(p.dgates, at, d[0][i]);
+    put(p.dgates, at + place.hidden, d[1][i]);
+    put(p.dgates, at + 2 * place.hidden, dn[i]);
+    put(p.dgates_hn, place.at(p.dgates_hn, t, i), d[2][i]);
   }
   FUSED_RNN_DEVICE void finish(const Call& p, const Place& place, int i) const {
     put(p.dh0, place.at(p.dh0, 0, i), dh[i]);
@@ -250,9 +289,10 @@ struct GruBackwardLane {
 template <Product kProduct>
 struct RnnBackwardLane {
   using Call = RnnBackward;
-  static constexpr int kGates = 1;
-  static constexpr int kParts = kProduct == Product::kTf32x3 ? 2 : 1;
-  float dh[kSlots], dy[kSlots], y[kSlots];
+  using F = Number<kProduct>;
+  static constexpr int kGates = 1, kParts = parts_of(kProduct);
+  float dh[kSlots], d[kGates][kSlots];
+  Ahead<kProduct> dy, y;
 
   FUSED_RNN_DEVICE void start(const Call& p, const Place& place, int64_t) {
     get_slots<kProduct>(dh, place, p.dh_n, 0);
@@ -262,17 +302,17 @@ struct RnnBackwardLane {
     prefetch_rows(place, p.y, t, place.hidden);
   }
   FUSED_RNN_DEVICE void read(const Call& p, const Place& place, int64_t t, int64_t, bool) {
-    get_slots<kProduct>(dy, place, p.dy, t);
-    get_slots<kProduct>(y, place, p.y, t);
+    dy.read(place, p.dy, t);
+    y.read(place, p.y, t);
   }
-  template <class Operand>
-  FUSED_RNN_DEVICE void step(const Call& p, const Place& place, int64_t t, int i, bool live,
-                             bool cut, bool, Operand& operand) {
-    const float d = math::rnn_backward(F(y[i]), F(dy[i] + dh[i]), p.relu).v;
-    put(p.dgates, place.at(p.dgates, t, i), live ? d : 0.0f);
-    cuda::place(operand, 0, place.tile_row + i % 2, place.unit(i),
-                live && !cut ? d : 0.0f);
-    if (live) dh[i] = 0.0f;
+  FUSED_RNN_DEVICE void compute(const Call& p, const Place&, int64_t, int i, bool live, bool,
+                                bool) {
+    const F out = math::rnn_backward(F(y.get(p.y, i)), F(dy.get(p.dy, i) + dh[i]), p.relu);
+    d[0][i] = live ? out.v : 0.0f;
+    dh[i] = live ? 0.0f : dh[i];
+  }
+  FUSED_RNN_DEVICE void write(const Call& p, const Place& place, int64_t t, int i) const {
+    put(p.dgates, place.at(p.dgates, t, i), d[0][i]);
   }
   FUSED_RNN_DEVICE void finish(const Call& p, const Place& place, int i) const {
     put(p.dh0, place.at(p.dh0, 0, i), dh[i]);

@@ -1,5 +1,5 @@
-// The block scans of one cell and product, FUSED_RNN_CELL and FUSED_RNN_PRODUCT: sizes, choice among
-// them by H, launches.
+// The block scans of one cell and product, FUSED_RNN_CELL and FUSED_RNN_PRODUCT: sizes, choice
+// among them by H, launches.
 #include <type_traits>
 
 #include "cuda/block_scan.cuh"
@@ -27,8 +27,8 @@ constexpr Sizes sizes_of(Cell cell, Product product, bool backward) {
         return backward ? Sizes{{{64, 2}, {112, 2}}, 2} : Sizes{{{64, 4}, {128, 4}}, 2};
       }
       if (wide) return {{{64, 8}, {128, backward ? 6 : 8}}, 2};
-      return backward ? Sizes{{{64, 4}, {128, 8}, {176, 2}}, 3}
-                      : Sizes{{{64, 4}, {128, 8}, {192, 4}}, 3};
+      return backward ? Sizes{{{64, 4}, {128, 7}, {176, 2}}, 3}
+                      : Sizes{{{64, 4}, {128, 8}, {192, 3}}, 3};
     case Cell::kGru:
       if (ieee) return {{{112, 0}}, 1};
       if (wide) return {{{64, backward ? 6 : 8}, {128, backward ? 7 : 8}}, 2};
@@ -76,9 +76,7 @@ void with_size(int64_t hidden, const Use& use) {
   }
 }
 
-int threads_of(int64_t hidden) {
-  return static_cast<int>((hidden + kUnits - 1) / kUnits) * 32;
-}
+int threads_of(int64_t hidden) { return static_cast<int>((hidden + kUnits - 1) / kUnits) * 32; }
 
 }  // namespace
 
@@ -100,8 +98,7 @@ template <Cell kCell, Product kProduct>
 template <class Call>
 void BlockScan<kCell, kProduct>::launch(const Call& call, void* stream) {
   const Layer& layer = call.layer;
-  constexpr bool kBackward =
-      std::is_same_v<Call, typename Lanes<kCell, kProduct>::Backward::Call>;
+  constexpr bool kBackward = std::is_same_v<Call, typename Lanes<kCell, kProduct>::Backward::Call>;
   with_size<kCell, kProduct, kBackward>(layer.hidden, [&]<class Lane, class Traits>() {
     const Grid grid{(layer.batch + kRows - 1) / kRows, 1, threads_of(layer.hidden),
                     block_shared_bytes<Traits>(layer.hidden)};
@@ -115,11 +112,11 @@ void BlockScan<kCell, kProduct>::launch(const Call& call, void* stream) {
   });
 }
 
-#define FUSED_RNN_INSTANTIATE(cell, product)                                               \
-  template struct BlockScan<Cell::cell, Product::product>;                                 \
-  template void BlockScan<Cell::cell, Product::product>::launch(                           \
-      const Lanes<Cell::cell, Product::product>::Forward::Call&, void*);                   \
-  template void BlockScan<Cell::cell, Product::product>::launch(                           \
+#define FUSED_RNN_INSTANTIATE(cell, product)                             \
+  template struct BlockScan<Cell::cell, Product::product>;               \
+  template void BlockScan<Cell::cell, Product::product>::launch(         \
+      const Lanes<Cell::cell, Product::product>::Forward::Call&, void*); \
+  template void BlockScan<Cell::cell, Product::product>::launch(         \
       const Lanes<Cell::cell, Product::product>::Backward::Call&, void*);
 FUSED_RNN_INSTANTIATE(FUSED_RNN_CELL, FUSED_RNN_PRODUCT)
 

@@ -54,10 +54,7 @@ block_forward(FUSED_RNN_PARAMS Params<typename Lane::Call> params) {
   FUSED_RNN_UNROLL
   for (int i = 0; i < kSlots; ++i) {
     if (!backwards && starts_segment(bits[i % 2])) lane.zero(i);
-    if (place.is[i]) {
-      cuda::place(shared.operands[0], 0, place.tile_row + i % 2,
-                  place.unit(i), lane.h[i]);
-    }
+    cuda::place(shared.operands[0], 0, place.tile_row + i % 2, place.unit(i), lane.h[i]);
   }
   barrier();
 
@@ -70,16 +67,24 @@ block_forward(FUSED_RNN_PARAMS Params<typename Lane::Call> params) {
     if (step + kAhead < T) Lane::ahead(p, place, t + kAhead * direction);
     Sums<Traits> sums;
     weights.multiply(sums, shared.operands[step % 2]);
+    const bool live[2] = {(bits[0] & kEnded) == 0, (bits[1] & kEnded) == 0};
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < kSlots; ++i) lane.compute(p, i, live[i % 2], sums);
+    // A forward entry starts a segment before its first step, a reversed one leaves a segment after
+    // it; the state after the last step is returned as it is.
+    const bool cut[2] = {more && starts_segment(backwards ? bits[0] : next_bits[0]),
+                         more && starts_segment(backwards ? bits[1] : next_bits[1])};
     FUSED_RNN_UNROLL
     for (int i = 0; i < kSlots; ++i) {
-      if (place.is[i]) {
-        lane.step(p, place, t, i, (bits[i % 2] & kEnded) == 0, sums);
-        // A forward entry starts a segment before its first step, a reversed one leaves a segment
-        // after it; the state after the last step is returned as it is.
-        if (more && starts_segment(backwards ? bits[i % 2] : next_bits[i % 2])) lane.zero(i);
-        cuda::place(shared.operands[(step + 1) % 2], 0, place.tile_row + i % 2,
-                    place.unit(i), lane.h[i]);
-      }
+      // (What is computed for a unit that is not there may be NaN, which padded weights of zero
+      // would not take away.)
+      cuda::place(shared.operands[(step + 1) % 2], 0, place.tile_row + i % 2, place.unit(i),
+                  place.is[i] && !cut[i % 2] ? lane.h[i] : 0.0f);
+    }
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < kSlots; ++i) {
+      if (place.is[i]) lane.write(p, place, t, i, live[i % 2]);
+      if (cut[i % 2]) lane.zero(i);
     }
     t += direction;
     bits[0] = next_bits[0], bits[1] = next_bits[1];
@@ -101,12 +106,7 @@ FUSED_RNN_DEVICE void pass_back(Lane& lane, const Weights<Traits>& weights,
   Sums<Traits> sums;
   weights.multiply(sums, operand);
   FUSED_RNN_UNROLL
-  for (int i = 0; i < kSlots; ++i) {
-    float sum = sums.of[0][i] + sums.of[1][i];
-    if constexpr (Traits::kChains == 3) sum += sums.of[2][i];
-    if constexpr (Traits::kChains == 4) sum += sums.of[2][i] + sums.of[3][i];
-    lane.dh[i] += sum;
-  }
+  for (int i = 0; i < kSlots; ++i) lane.dh[i] += sums.of[0][i] + sums.of[1][i];
 }
 
 template <class Lane, class Traits>
@@ -148,15 +148,27 @@ block_backward(FUSED_RNN_PARAMS Params<typename Lane::Call> params) {
     if (step + kAhead < T) Lane::ahead(p, place, t + kAhead * direction);
     // (The operand of the first step is zero.)
     pass_back<Lane, Traits>(lane, weights, shared.operands[step % 2]);
+    bool passes[2];
     FUSED_RNN_UNROLL
     for (int i = 0; i < kSlots; ++i) {
-      if (place.is[i]) {
-        const bool cut = backwards ? more && starts_segment(next_bits[i % 2])
-                                   : starts_segment(bits[i % 2]);
-        const bool initial = !more || (next_bits[i % 2] & kEnded) != 0;
-        lane.step(p, place, t, i, (bits[i % 2] & kEnded) == 0, cut, initial,
-                  shared.operands[(step + 1) % 2]);
+      const bool live = (bits[i % 2] & kEnded) == 0;
+      const bool cut =
+          backwards ? more && starts_segment(next_bits[i % 2]) : starts_segment(bits[i % 2]);
+      const bool initial = !more || (next_bits[i % 2] & kEnded) != 0;
+      lane.compute(p, place, t, i, live, cut, initial);
+      passes[i % 2] = !cut;
+    }
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < kSlots; ++i) {
+      FUSED_RNN_UNROLL
+      for (int gate = 0; gate < Traits::kGates; ++gate) {
+        cuda::place(shared.operands[(step + 1) % 2], gate, place.tile_row + i % 2, place.unit(i),
+                    place.is[i] && passes[i % 2] ? lane.d[gate][i] : 0.0f);
       }
+    }
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < kSlots; ++i) {
+      if (place.is[i]) lane.write(p, place, t, i);
     }
     t += direction;
     bits[0] = next_bits[0], bits[1] = next_bits[1];

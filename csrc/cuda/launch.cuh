@@ -24,16 +24,16 @@ struct Grid {
 
 template <class Argument>
 void launch(void (*kernel)(const Argument), const Grid& grid, const Argument& argument, void*) {
-  emulator::run(kernel,
-                {static_cast<int>(grid.x), static_cast<int>(grid.y), grid.threads,
-                 grid.shared_bytes},
-                argument);
+  emulator::run(
+      kernel, {static_cast<int>(grid.x), static_cast<int>(grid.y), grid.threads, grid.shared_bytes},
+      argument);
 }
 
 #else
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next call would report it once more
   throw std::runtime_error(std::string("fused_rnn: ") + what + ": " + cudaGetErrorString(error));
 }
 
@@ -46,8 +46,12 @@ void launch(void (*kernel)(const Argument), const Grid& grid, const Argument& ar
           "the GPU does not have the shared memory a block scan of this size needs");
   }
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
-  kernel<<<blocks, grid.threads, grid.shared_bytes, static_cast<cudaStream_t>(stream)>>>(argument);
-  check(cudaGetLastError(), "a kernel could not be launched");
+  Argument copy = argument;
+  void* arguments[] = {&copy};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), blocks,
+                         dim3(static_cast<unsigned>(grid.threads)), arguments, grid.shared_bytes,
+                         static_cast<cudaStream_t>(stream)),
+        "a kernel could not be launched");
 }
 
 #endif

@@ -1,5 +1,6 @@
-// What the host may ask of the kernels: launches on a stream, and what a block scan needs. All throw
-// std::runtime_error where the GPU refuses. Nothing here depends on CUDA's headers or torch's.
+// What the host may ask of the kernels: launches on a stream, and what a block scan needs. All
+// throw std::runtime_error where the GPU refuses. Nothing here depends on CUDA's headers or
+// torch's.
 #pragma once
 
 #include <cstddef>
@@ -8,6 +9,11 @@
 #include "cuda/params.h"
 
 namespace fused_rnn::cuda {
+
+// Makes a GPU, by torch's index, the one that this library's CUDA runtime launches on.
+void use_device(int index);
+// Whether the library has code for a GPU.
+bool has_code_for(int index);
 
 // What one block of a block scan takes. threads = 0: H is more than any of its kernels take.
 struct BlockNeeds {

@@ -27,11 +27,10 @@ namespace {
 
 // The cell a call is of.
 template <class Call>
-constexpr Cell kCellOf = std::is_same_v<Call, LstmForward> || std::is_same_v<Call, LstmBackward>
-                             ? Cell::kLstm
-                         : std::is_same_v<Call, GruForward> || std::is_same_v<Call, GruBackward>
-                             ? Cell::kGru
-                             : Cell::kRnn;
+constexpr Cell kCellOf =
+    std::is_same_v<Call, LstmForward> || std::is_same_v<Call, LstmBackward> ? Cell::kLstm
+    : std::is_same_v<Call, GruForward> || std::is_same_v<Call, GruBackward> ? Cell::kGru
+                                                                            : Cell::kRnn;
 template <class Call>
 constexpr bool kBackward = std::is_same_v<Call, LstmBackward> ||
                            std::is_same_v<Call, GruBackward> || std::is_same_v<Call, RnnBackward>;
@@ -75,6 +74,7 @@ struct Run {
     STD_TORCH_CHECK(l.batch < int64_t{8} << 31, "the batch must have less than 2^34 rows");
     for (const Memory& m : arguments.memory()) touches(m.data, m.bytes, m.written, m.name);
     void* on = reinterpret_cast<void*>(stream);
+    use_device(w_hh.get_device_index());
     if (kernel == 0) {
       run_steps(call, arguments, w_hh, w_hr, on);
     } else {
@@ -189,8 +189,8 @@ std::tuple<Tensor, Tensor> rnn_backward(const MaybeTensor& dy, const MaybeTensor
 // shared memory. cell: 0 LSTM, 1 GRU, 2 RNN; product: of params.h.
 std::tuple<int64_t, int64_t> block_needs(int64_t cell, int64_t product, int64_t hidden,
                                          bool backward) {
-  STD_TORCH_CHECK(0 <= cell && cell <= 2 && 0 <= product && product <= 4,
-                  "there is no cell ", cell, " or no product ", product);
+  STD_TORCH_CHECK(0 <= cell && cell <= 2 && 0 <= product && product <= 4, "there is no cell ", cell,
+                  " or no product ", product);
   BlockNeeds found;
   const auto use = [&]<Product kProduct>() {
     found = cell == 0   ? BlockScan<Cell::kLstm, kProduct>::needs(hidden, backward)
@@ -205,6 +205,7 @@ std::tuple<int64_t, int64_t> block_needs(int64_t cell, int64_t product, int64_t 
 }
 
 bool is_emulated() { return kEmulated; }
+bool can_run(int64_t index) { return has_code_for(static_cast<int>(index)); }
 
 #if defined(FUSED_RNN_EMULATOR)
 void emulate(int64_t seed, int64_t resident) {
@@ -249,6 +250,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_rnn, m) {
       "bool[] reverse, bool relu, " FUSED_RNN_CHOICE " -> (Tensor, Tensor)");
   m.def("cuda_block_needs(int cell, int product, int hidden, bool backward) -> (int, int)");
   m.def("cuda_is_emulated() -> bool");
+  m.def("cuda_has_code_for(int device) -> bool");
 #if defined(FUSED_RNN_EMULATOR)
   m.def("cuda_emulate(int seed, int resident) -> ()");
 #endif
@@ -272,6 +274,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CUDA, m) {
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CompositeExplicitAutograd, m) {
   m.impl("cuda_block_needs", TORCH_BOX(&fused_rnn::cuda::block_needs));
   m.impl("cuda_is_emulated", TORCH_BOX(&fused_rnn::cuda::is_emulated));
+  m.impl("cuda_has_code_for", TORCH_BOX(&fused_rnn::cuda::can_run));
 #if defined(FUSED_RNN_EMULATOR)
   m.impl("cuda_emulate", TORCH_BOX(&fused_rnn::cuda::emulate));
 #endif

@@ -1,5 +1,5 @@
-// What the launchers hand to the kernels, by value: the call (waist/calls.h has shapes and strides),
-// and where in the stack a launch begins.
+// What the launchers hand to the kernels, by value: the call (waist/calls.h has shapes and
+// strides), and where in the stack a launch begins.
 #pragma once
 
 #include <cstddef>
@@ -9,8 +9,8 @@
 
 namespace fused_rnn::cuda {
 
-// What operands of recurrent products are and how they are multiplied. The first two have tensors of
-// that dtype (io), the others of float32.
+// What operands of recurrent products are and how they are multiplied. The first two have tensors
+// of that dtype (io), the others of float32.
 enum class Product : int32_t { kBf16, kF16, kTf32, kTf32x3, kIeee };
 
 enum class Cell : int32_t { kLstm, kGru, kRnn };

@@ -1,4 +1,4 @@
-// The pointwise kernels' launches.
+// The pointwise kernels' launches, and what the library has to do with devices.
 #include "cuda/launch.cuh"
 #include "cuda/pointwise.cuh"
 
@@ -52,10 +52,27 @@ void launch_pointwise(Phase phase, DType dtype, const Pointwise<Call>& pointwise
   const int64_t threads = call.layer.batch * pointwise.width;
   const Grid grid{(threads + kPointwiseThreads - 1) / kPointwiseThreads, 1, kPointwiseThreads, 0};
   Pointwise<Call> argument = pointwise;
-  const Kernel<Call> kernel = dtype == DType::kFloat64 ? kernel_of<double>(phase, call)
-                                                       : kernel_of<float>(phase, call);
+  const Kernel<Call> kernel =
+      dtype == DType::kFloat64 ? kernel_of<double>(phase, call) : kernel_of<float>(phase, call);
   launch_stack(kernel, grid, argument, argument.params, stream);
 }
+
+#if defined(FUSED_RNN_EMULATOR)
+void use_device(int) {}
+bool has_code_for(int) { return true; }
+#else
+void use_device(int index) {
+  // torch has a CUDA runtime of its own. The driver's context is common, and cheap to set again.
+  check(cudaSetDevice(index), "the GPU of the tensors cannot be used");
+}
+bool has_code_for(int index) {
+  use_device(index);
+  cudaFuncAttributes attributes;
+  const bool found = cudaFuncGetAttributes(&attributes, rnn_step<float>) == cudaSuccess;
+  cudaGetLastError();
+  return found;
+}
+#endif
 
 template void launch_pointwise(Phase, DType, const Pointwise<LstmForward>&, void*);
 template void launch_pointwise(Phase, DType, const Pointwise<LstmBackward>&, void*);

@@ -1,5 +1,5 @@
-// The gate arithmetic of one step for all entries, rows and units, a thread each: the step path, whose
-// matrix products are torch's. One launch a phase of a step.
+// The gate arithmetic of one step for all entries, rows and units, a thread each: the step path,
+// whose matrix products are torch's. One launch a phase of a step.
 //
 // T is the dtype of the arithmetic, float or double. Sequences and the tape are the call's.
 #pragma once
@@ -83,9 +83,7 @@ struct Element {
   // The state that entered step t was zeroed.
   FUSED_RNN_DEVICE bool cut() const { return starts(backwards ? t + 1 : t); }
   // The state of step t is zeroed before the next, if there is one.
-  FUSED_RNN_DEVICE bool cut_after() const {
-    return backwards ? t > 0 && starts(t) : starts(t + 1);
-  }
+  FUSED_RNN_DEVICE bool cut_after() const { return backwards ? t > 0 && starts(t) : starts(t + 1); }
   // The step whose state entered step t, or -1 for the initial state.
   FUSED_RNN_DEVICE int64_t before() const {
     if (!backwards) return t - 1;
@@ -107,7 +105,8 @@ FUSED_RNN_DEVICE T entering(const Element& e, const Rows& states, const Rows& in
 // (operand given) zeros too where the first step starts a segment, and operand gets what the first
 // product multiplies: `io` says how rounded.
 template <class T, class Call>
-FUSED_RNN_KERNEL(kPointwiseThreads) start(FUSED_RNN_PARAMS Pointwise<Call> p) {
+FUSED_RNN_KERNEL(kPointwiseThreads)
+start(FUSED_RNN_PARAMS Pointwise<Call> p) {
   using namespace pointwise;
   const Element e(p, p.width, false);
   if (!e.is) return;
@@ -121,7 +120,8 @@ FUSED_RNN_KERNEL(kPointwiseThreads) start(FUSED_RNN_PARAMS Pointwise<Call> p) {
 
 // After the last step: `rows` gets state, and what the last product adds to it, if there is one.
 template <class T, class Call>
-FUSED_RNN_KERNEL(kPointwiseThreads) finish(FUSED_RNN_PARAMS Pointwise<Call> p) {
+FUSED_RNN_KERNEL(kPointwiseThreads)
+finish(FUSED_RNN_PARAMS Pointwise<Call> p) {
   using namespace pointwise;
   const Element e(p, p.width, false);
   if (!e.is) return;
@@ -136,7 +136,8 @@ FUSED_RNN_KERNEL(kPointwiseThreads) finish(FUSED_RNN_PARAMS Pointwise<Call> p) {
 
 // product [S, B, 4H] = h W_hh^T. With a projection operand gets o tanh(c) [S, B, H], for W_hr.
 template <class T>
-FUSED_RNN_KERNEL(kPointwiseThreads) lstm_step(FUSED_RNN_PARAMS Pointwise<LstmForward> p) {
+FUSED_RNN_KERNEL(kPointwiseThreads)
+lstm_step(FUSED_RNN_PARAMS Pointwise<LstmForward> p) {
   using namespace pointwise;
   using V = Value<T>;
   const LstmForward& call = p.params.call;
@@ -173,7 +174,8 @@ FUSED_RNN_KERNEL(kPointwiseThreads) lstm_step(FUSED_RNN_PARAMS Pointwise<LstmFor
 
 // The LSTM's second phase: product [S, B, P] = (o tanh(c)) W_hr^T.
 template <class T>
-FUSED_RNN_KERNEL(kPointwiseThreads) lstm_project_step(FUSED_RNN_PARAMS Pointwise<LstmForward> p) {
+FUSED_RNN_KERNEL(kPointwiseThreads)
+lstm_project_step(FUSED_RNN_PARAMS Pointwise<LstmForward> p) {
   using namespace pointwise;
   const LstmForward& call = p.params.call;
   const Element e(p, call.layer.out, false);
@@ -189,7 +191,8 @@ FUSED_RNN_KERNEL(kPointwiseThreads) lstm_project_step(FUSED_RNN_PARAMS Pointwise
 
 // product [S, B, 3H] = h W_hh^T.
 template <class T>
-FUSED_RNN_KERNEL(kPointwiseThreads) gru_after_step(FUSED_RNN_PARAMS Pointwise<GruForward> p) {
+FUSED_RNN_KERNEL(kPointwiseThreads)
+gru_after_step(FUSED_RNN_PARAMS Pointwise<GruForward> p) {
   using namespace pointwise;
   using V = Value<T>;
   const GruForward& call = p.params.call;
@@ -219,10 +222,11 @@ FUSED_RNN_KERNEL(kPointwiseThreads) gru_after_step(FUSED_RNN_PARAMS Pointwise<Gr
   store(static_cast<T*>(p.operand) + e.index, rounded(call.y.dtype, h));
 }
 
-// Reset before the product, first phase: product [S, B, 2H] = h [W_hr; W_hz]^T; operand gets r h for
-// W_hn, other z.
+// Reset before the product, first phase: product [S, B, 2H] = h [W_hr; W_hz]^T; operand gets r h
+// for W_hn, other z.
 template <class T>
-FUSED_RNN_KERNEL(kPointwiseThreads) gru_before_gates_step(FUSED_RNN_PARAMS Pointwise<GruForward> p) {
+FUSED_RNN_KERNEL(kPointwiseThreads)
+gru_before_gates_step(FUSED_RNN_PARAMS Pointwise<GruForward> p) {
   using namespace pointwise;
   using V = Value<T>;
   const GruForward& call = p.params.call;
@@ -272,7 +276,8 @@ gru_before_candidate_step(FUSED_RNN_PARAMS Pointwise<GruForward> p) {
 
 // product [S, B, H] = h W_hh^T. The state is multiplied unrounded; see docs/design.md.
 template <class T>
-FUSED_RNN_KERNEL(kPointwiseThreads) rnn_step(FUSED_RNN_PARAMS Pointwise<RnnForward> p) {
+FUSED_RNN_KERNEL(kPointwiseThreads)
+rnn_step(FUSED_RNN_PARAMS Pointwise<RnnForward> p) {
   using namespace pointwise;
   using V = Value<T>;
   const RnnForward& call = p.params.call;
@@ -296,7 +301,8 @@ FUSED_RNN_KERNEL(kPointwiseThreads) rnn_step(FUSED_RNN_PARAMS Pointwise<RnnForwa
 // product [S, B, P] = dgates W_hh. Without a projection P is H; with one, other [S, B, H] is
 // dh W_hr, which is all of the gradient of o tanh(c).
 template <class T>
-FUSED_RNN_KERNEL(kPointwiseThreads) lstm_step_back(FUSED_RNN_PARAMS Pointwise<LstmBackward> p) {
+FUSED_RNN_KERNEL(kPointwiseThreads)
+lstm_step_back(FUSED_RNN_PARAMS Pointwise<LstmBackward> p) {
   using namespace pointwise;
   using V = Value<T>;
   const LstmBackward& call = p.params.call;
@@ -318,11 +324,11 @@ FUSED_RNN_KERNEL(kPointwiseThreads) lstm_step_back(FUSED_RNN_PARAMS Pointwise<Ls
   T dc = carried;
   if (call.dcells.data != nullptr) dc += get<T>(call.dcells, e.at(call.dcells, e.t));
   const int64_t tape = e.at(call.gates, e.t);
-  const auto d = math::lstm_backward(
-      V(get<T>(call.gates, tape)), V(get<T>(call.gates, tape + H)),
-      V(get<T>(call.gates, tape + 2 * H)), V(get<T>(call.gates, tape + 3 * H)),
-      V(get<T>(call.cells, e.at(call.cells, e.t))), V(entering<T>(e, call.cells, call.c0)), V(dh),
-      V(dc));
+  const auto d =
+      math::lstm_backward(V(get<T>(call.gates, tape)), V(get<T>(call.gates, tape + H)),
+                          V(get<T>(call.gates, tape + 2 * H)), V(get<T>(call.gates, tape + 3 * H)),
+                          V(get<T>(call.cells, e.at(call.cells, e.t))),
+                          V(entering<T>(e, call.cells, call.c0)), V(dh), V(dc));
   const T all[4] = {d.di.v, d.df.v, d.dg.v, d.d_o.v};
   const int64_t at = e.at(call.dgates, e.t);
   T* operand = static_cast<T*>(p.operand) + (e.index - e.unit) * 4 + e.unit;
@@ -353,7 +359,8 @@ lstm_project_step_back(FUSED_RNN_PARAMS Pointwise<LstmBackward> p) {
 
 // product [S, B, H] = [dr dz dhn] W_hh.
 template <class T>
-FUSED_RNN_KERNEL(kPointwiseThreads) gru_after_step_back(FUSED_RNN_PARAMS Pointwise<GruBackward> p) {
+FUSED_RNN_KERNEL(kPointwiseThreads)
+gru_after_step_back(FUSED_RNN_PARAMS Pointwise<GruBackward> p) {
   using namespace pointwise;
   using V = Value<T>;
   const GruBackward& call = p.params.call;
@@ -383,8 +390,9 @@ FUSED_RNN_KERNEL(kPointwiseThreads) gru_after_step_back(FUSED_RNN_PARAMS Pointwi
   store(state, !live ? carried : cut ? T(0) : d.dh_prev.v);
 }
 
-// Reset before the product, first phase: product [S, B, H] = [dr dz] [W_hr; W_hz] of the step before.
-// operand gets dn for W_hn; dz is written; state keeps dh's share that passes neither product.
+// Reset before the product, first phase: product [S, B, H] = [dr dz] [W_hr; W_hz] of the step
+// before. operand gets dn for W_hn; dz is written; state keeps dh's share that passes neither
+// product.
 template <class T>
 FUSED_RNN_KERNEL(kPointwiseThreads)
 gru_before_candidate_step_back(FUSED_RNN_PARAMS Pointwise<GruBackward> p) {
@@ -430,14 +438,14 @@ gru_before_reset_step_back(FUSED_RNN_PARAMS Pointwise<GruBackward> p) {
   T* operand = static_cast<T*>(p.operand) + (e.index - e.unit) * 2 + e.unit;
   const bool passes = live && !cut;
   store(operand, passes ? rounded(call.w_hh.dtype, d.dr.v) : T(0));
-  store(operand + H,
-        passes ? rounded(call.w_hh.dtype, get<T>(call.dgates, at + H)) : T(0));
+  store(operand + H, passes ? rounded(call.w_hh.dtype, get<T>(call.dgates, at + H)) : T(0));
   store(state, !live ? carried : cut ? T(0) : d.dh_prev.v);
 }
 
 // product [S, B, H] = dgates W_hh.
 template <class T>
-FUSED_RNN_KERNEL(kPointwiseThreads) rnn_step_back(FUSED_RNN_PARAMS Pointwise<RnnBackward> p) {
+FUSED_RNN_KERNEL(kPointwiseThreads)
+rnn_step_back(FUSED_RNN_PARAMS Pointwise<RnnBackward> p) {
   using namespace pointwise;
   using V = Value<T>;
   const RnnBackward& call = p.params.call;
@@ -451,8 +459,7 @@ FUSED_RNN_KERNEL(kPointwiseThreads) rnn_step_back(FUSED_RNN_PARAMS Pointwise<Rnn
   const T y = get<T>(call.y, e.at(call.y, e.t));
   const T d = math::rnn_backward(V(y), V(dh), call.relu).v;
   put<T>(call.dgates, e.at(call.dgates, e.t), live ? d : T(0));
-  store(static_cast<T*>(p.operand) + e.index,
-        live && !cut ? rounded(call.w_hh.dtype, d) : T(0));
+  store(static_cast<T*>(p.operand) + e.index, live && !cut ? rounded(call.w_hh.dtype, d) : T(0));
   store(state, live ? T(0) : carried);
 }
 

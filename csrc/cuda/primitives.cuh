@@ -1,6 +1,6 @@
 // Every hardware primitive the kernels use, and the only file with inline PTX. Compiled by g++ with
-// FUSED_RNN_EMULATOR the same names come from csrc/emulator/primitives.h, which runs them on the CPU
-// and checks each access.
+// FUSED_RNN_EMULATOR the same names come from csrc/emulator/primitives.h, which runs them on the
+// CPU and checks each access.
 //
 // Rules for kernels: memory that another thread can see is only touched through load, store,
 // prefetch, load_matrix_x4, copy_async and the atomics; all threads of a warp call the warp's
@@ -77,24 +77,29 @@ FUSED_RNN_DEVICE void load_matrix_x4(uint32_t (&r)[4], const void* row) {
 
 // d += a b on tensor cores, d [16, 8] in float32. With g = lane / 4 and q = lane % 4, a lane holds
 //   d: (g, 2q) (g, 2q+1) (g+8, 2q) (g+8, 2q+1)
-//   m16n8k16, 16 bits: a [16, 16]: (g, 2q..) (g+8, 2q..) (g, 2q+8..) (g+8, 2q+8..), two columns each,
+//   m16n8k16, 16 bits: a [16, 16]: (g, 2q..) (g+8, 2q..) (g, 2q+8..) (g+8, 2q+8..), two columns
+//   each,
 //                      the lower in the lower half; b [16, 8]: (2q.., g) (2q+8.., g), two rows each
 //   m16n8k8, TF32:     a [16, 8]: (g, q) (g+8, q) (g, q+4) (g+8, q+4); b [8, 8]: (q, g) (q+4, g)
+// (volatile, lest the compiler move it to where the lanes of a warp have parted.)
 FUSED_RNN_DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 FUSED_RNN_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 // Reads the upper 19 bits of each operand.
 FUSED_RNN_DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -158,18 +163,30 @@ FUSED_RNN_DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory");
 FUSED_RNN_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
 FUSED_RNN_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
-// The same bits, of which the compiler knows nothing: what follows is computed anew in every turn of a
-// loop.
+// The same bits, of which the compiler knows nothing: what follows is computed anew in every turn
+// of a loop.
 FUSED_RNN_DEVICE uint32_t opaque(uint32_t bits) {
   asm volatile("" : "+r"(bits));
   return bits;
 }
 
-// Elementary functions. Error of exp_f and the quotient: a few ulp.
+// Elementary functions, within an ulp or two.
 FUSED_RNN_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 FUSED_RNN_DEVICE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
 FUSED_RNN_DEVICE float exponential(float x) { return expf(x); }
 FUSED_RNN_DEVICE double exponential(double x) { return exp(x); }
+// 2^x and 1 / x of the special function unit, an instruction each: within 2^-22 of the value,
+// subnormal numbers being zero.
+FUSED_RNN_DEVICE float exponential_2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+FUSED_RNN_DEVICE float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 FUSED_RNN_DEVICE float reciprocal(float x) { return __frcp_rn(x); }
 FUSED_RNN_DEVICE double reciprocal(double x) { return 1.0 / x; }
 FUSED_RNN_DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }

@@ -1,10 +1,10 @@
 // The recurrent product of a block scan: weights kept on the multiprocessor, operands in shared
 // memory, sums in the registers of the lanes that need them.
 //
-// A warp owns 16 hidden units of all gates: one 16-row tile a gate. Its sums lie as tensor cores leave
-// them: with g = lane / 4 and q = lane % 4, slot i of a lane is unit g + 8 (i / 2) of the warp's and
-// row 2 q + i % 2 of the batch tile's 8. So a lane holds all gates of its four (unit, row) slots and
-// no value has to travel for the gate arithmetic.
+// A warp owns 16 hidden units of all gates: one 16-row tile a gate. Its sums lie as tensor cores
+// leave them: with g = lane / 4 and q = lane % 4, slot i of a lane is unit g + 8 (i / 2) of the
+// warp's and row 2 q + i % 2 of the batch tile's 8. So a lane holds all gates of its four (unit,
+// row) slots and no value has to travel for the gate arithmetic.
 #pragma once
 
 #include "cuda/numbers.cuh"
@@ -30,8 +30,13 @@ struct ProductTraits {
   static constexpr int kStep = 32 / kBytes;
   static constexpr int kSteps = kMaxUnits / kStep;
   static constexpr int kHeld = kTensorCores ? (kHeld_ < kSteps ? kHeld_ : kSteps) : 0;
-  // A cell of one gate sums even and odd steps apart, for two chains of products.
-  static constexpr int kChains = kGates == 1 ? 2 : kGates;
+  // Chains of products, one behind the other, whose sums are kept apart: forward one a gate; where
+  // all goes into one sum two, of even and odd gates, or of even and odd steps.
+  static constexpr bool kOneSum = kGates == 1 || kSources > 1;
+  static constexpr int kChains = kOneSum ? 2 : kGates;
+  static FUSED_RNN_HD constexpr int chain_of(int gate, int step) {
+    return kGates == 1 ? step % 2 : kOneSum ? gate % 2 : gate;
+  }
   // A row of an operand: read 64 bytes at a time, and shifted by 16 from the row before, so that
   // eight rows are in different banks.
   static constexpr int kRowBytes = (kMaxUnits * kBytes + 63) / 64 * 64 + 16;
@@ -109,7 +114,7 @@ class TensorCoreWeights {
     shared_ = shared + thread_index() / 32 * beyond * Traits::kGates * 32 + thread_index() % 32;
     steps_ = steps;
     // A few at a time: all loads at once would need more registers than there are.
-    constexpr int kGroup = Traits::kMaxUnits > 128 ? 2 : 4;
+    constexpr int kGroup = Traits::kMaxUnits > 128 ? 1 : 4;
     FUSED_RNN_NO_UNROLL
     for (int first = 0; first < Traits::kHeld; first += kGroup) {
       FUSED_RNN_NO_UNROLL
@@ -123,7 +128,8 @@ class TensorCoreWeights {
           for (int held = 0; held < Traits::kGates; ++held) {
             const bool here = held == gate && j / kGroup * kGroup == first;
             FUSED_RNN_UNROLL
-            for (int i = 0; i < 4; ++i) held_[j][held][i] = here ? a[j % kGroup][i] : held_[j][held][i];
+            for (int i = 0; i < 4; ++i)
+              held_[j][held][i] = here ? a[j % kGroup][i] : held_[j][held][i];
           }
         }
       }
@@ -188,7 +194,7 @@ class TensorCoreWeights {
     FUSED_RNN_UNROLL
     for (int gate = 0; gate < Traits::kGates; ++gate) {
       const int source = Traits::kSources == 1 ? 0 : gate;
-      float(&sum)[4] = sums.of[Traits::kGates == 1 ? kHalf : gate];
+      float(&sum)[4] = sums.of[Traits::chain_of(gate, kHalf)];
       uint32_t a[4];
       if (j < Traits::kHeld) {
         FUSED_RNN_UNROLL
@@ -283,7 +289,7 @@ class PlainWeights {
           for (int i = 0; i < 4; ++i) {
             FUSED_RNN_UNROLL
             for (int n = 0; n < 2; ++n) {
-              float& sum = sums.of[gate][2 * half + n];
+              float& sum = sums.of[Traits::chain_of(gate, 0)][2 * half + n];
               sum = multiply_add(a[i], b[n][i], sum);
             }
           }

@@ -72,29 +72,65 @@ struct Place {
   FUSED_RNN_DEVICE int within(const Rows& rows, int slot) const {
     return (tile_row + slot % 2) * static_cast<int>(rows.row) + unit(slot);
   }
-  // Where a slot's element lies at step t: what is the same for the whole block in 64 bits, the rest
-  // in 32 (the launcher sees to it that eight rows lie within reach), which saves registers.
+  // Where a slot's element lies at step t: what is the same for the whole block in 64 bits, the
+  // rest in 32 (the launcher sees to it that eight rows lie within reach), which saves registers.
   FUSED_RNN_DEVICE int64_t at(const Rows& rows, int64_t t, int slot) const {
     return t * rows.step + first_row() * rows.row + entry * rows.entry + within(rows, slot);
   }
 };
 
-// The values of a lane's slots at step t, `offset` elements on; zero where a slot is not there or
-// the tensor is absent.
+// What a lane reads of a tensor ahead of its use. As it lies in memory: a conversion would wait
+// there and then for what has been asked for.
 template <Product kProduct>
-FUSED_RNN_DEVICE void get_slots(float (&to)[kSlots], const Place& place, const Rows& rows,
-                                int64_t t, int64_t offset = 0, bool there = true) {
-  FUSED_RNN_UNROLL
-  for (int i = 0; i < kSlots; ++i) {
-    to[i] = 0.0f;
-    if (there && rows.data != nullptr && place.is[i]) {
-      to[i] = get<kProduct>(rows, place.at(rows, t, i) + offset);
+struct Ahead {
+  uint32_t bits[kSlots];
+
+  // At step t, `offset` elements on; zeros where a slot is not there, or there is nothing to read.
+  FUSED_RNN_DEVICE void read(const Place& place, const Rows& rows, int64_t t, int64_t offset = 0,
+                             bool there = true) {
+    there = there && rows.data != nullptr;
+    if constexpr (has_16_bits(kProduct)) {
+      if (rows.dtype != DType::kFloat32) {
+        FUSED_RNN_UNROLL
+        for (int i = 0; i < kSlots; ++i) {
+          bits[i] = 0;
+          if (there && place.is[i]) {
+            bits[i] = load(static_cast<const uint16_t*>(rows.data) + place.at(rows, t, i) + offset);
+          }
+        }
+        return;
+      }
+    }
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < kSlots; ++i) {
+      bits[i] = 0;
+      if (there && place.is[i]) {
+        bits[i] = load(static_cast<const uint32_t*>(rows.data) + place.at(rows, t, i) + offset);
+      }
     }
   }
+  FUSED_RNN_DEVICE float get(const Rows& rows, int slot) const {
+    if constexpr (has_16_bits(kProduct)) {
+      if (rows.dtype != DType::kFloat32) {
+        return from_16<kProduct>(static_cast<uint16_t>(bits[slot]));
+      }
+    }
+    return float_of(bits[slot]);
+  }
+};
+
+// The values of a lane's slots at step t, zero where a slot is not there or the tensor is absent.
+template <Product kProduct>
+FUSED_RNN_DEVICE void get_slots(float (&to)[kSlots], const Place& place, const Rows& rows,
+                                int64_t t) {
+  Ahead<kProduct> ahead;
+  ahead.read(place, rows, t);
+  FUSED_RNN_UNROLL
+  for (int i = 0; i < kSlots; ++i) to[i] = ahead.get(rows, i);
 }
 
-// The flags of a lane's two rows at step t: nothing where there are none, kEnded beyond the batch, so
-// that rows which are not there do nothing.
+// The flags of a lane's two rows at step t: nothing where there are none, kEnded beyond the batch,
+// so that rows which are not there do nothing.
 FUSED_RNN_DEVICE void get_flags(int (&bits)[2], const Place& place, const Layer& layer, int64_t t,
                                 bool there = true) {
   FUSED_RNN_UNROLL
@@ -113,10 +149,12 @@ FUSED_RNN_DEVICE void prefetch_rows(const Place& place, const Rows& rows, int64_
                                     int64_t width) {
   if (rows.data == nullptr) return;
   const int size = rows.dtype == DType::kFloat32 ? 4 : 2;
-  const int lines = static_cast<int>(width * size / 128) + 1;
+  // (A row may begin anywhere in its first line; its last byte is asked for besides.)
+  const int lines = static_cast<int>(width * size / 128) + 2;
   const int64_t first = static_cast<int64_t>(block_x()) * kRows;
   for (int i = thread_index(); i < kRows * lines; i += thread_count()) {
-    const int64_t row = first + i % kRows, at = i / kRows * (128 / size);
+    const int64_t row = first + i % kRows;
+    const int64_t at = i / kRows + 1 == lines ? width - 1 : i / kRows * (128 / size);
     if (row < place.batch && at < width) {
       const int64_t element = t * rows.step + row * rows.row + place.entry * rows.entry + at;
       prefetch(static_cast<const unsigned char*>(rows.data) + element * size);

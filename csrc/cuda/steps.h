@@ -1,6 +1,6 @@
-// The step path: for each step torch's matrix product, then a pointwise kernel; any size, projections
-// and float64. Products are taken in the dtype of the arithmetic: 16-bit weights are widened once a
-// call, and operands hold rounded values, so that TF32, where torch allows it, loses nothing of them.
+// The step path: for each step torch's matrix product, then a pointwise kernel; any size,
+// projections and float64. Products are taken in the dtype of the arithmetic: 16-bit weights are
+// widened once a call, and operands hold rounded values.
 #pragma once
 
 #include <array>
@@ -51,6 +51,7 @@ class Steps {
   Tensor weights(const Tensor& w, int64_t first, int64_t count) const {
     Tensor source = w;
     Tensor rows = torch::stable::narrow(source, 1, first, count);
+    if (w.scalar_type() == scalar_of(acc_)) return rows;
     Tensor t = torch::stable::new_empty(like_, {w.size(0), count, w.size(2)}, scalar_of(acc_));
     torch::stable::copy_(t, rows);
     return t;

@@ -1,5 +1,5 @@
-// One call of each scan as plain structs: what operators hand to kernels, on a CPU and on GPUs alike.
-// Nothing here depends on torch.
+// One call of each scan as plain structs: what operators hand to kernels, on a CPU and on GPUs
+// alike. Nothing here depends on torch.
 #pragma once
 
 #include <cstddef>

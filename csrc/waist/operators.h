@@ -1,7 +1,7 @@
-// What the operators of every C++ backend do: check arguments, allocate outputs, describe the call in
-// the structs of calls.h, and hand it to a Run. Schemas are fused_rnn/ops.py's; shapes and meanings
-// docs/design.md's. A Run is called with a call's struct, the dtype of its arithmetic and the
-// memory it touches; it checks the device in check(w_hh), and says in max_row() how far apart
+// What the operators of every C++ backend do: check arguments, allocate outputs, describe the call
+// in the structs of calls.h, and hand it to a Run. Schemas are fused_rnn/ops.py's; shapes and
+// meanings docs/design.md's. A Run is called with a call's struct, the dtype of its arithmetic and
+// the memory it touches; it checks the device in check(w_hh), and says in max_row() how far apart
 // rows may lie.
 #pragma once
 
@@ -96,7 +96,7 @@ struct Memory {
 // The tensors of one call: checks them, keeps alive what it made contiguous, allocates outputs.
 class Arguments {
  public:
-  // w_hh decides dtype and device. max_row: sequences whose rows lie farther apart are copied.
+  // w_hh decides dtype and device. max_row: what has rows farther apart is copied.
   Arguments(const Tensor& w_hh, int64_t max_row)
       : like_(w_hh), io_(dtype_of("w_hh", w_hh)), max_row_(max_row) {}
 
@@ -151,7 +151,7 @@ class Arguments {
     check_shape(name, tensor, shape, axes, like_);
     const int64_t last = tensor.dim() - 1;
     bool dense = tensor.numel() == 0 || tensor.size(last) == 1 || tensor.stride(last) == 1;
-    dense = dense && (last != 3 || tensor.size(1) <= 1 || tensor.stride(1) <= max_row_);
+    dense = dense && (last < 2 || tensor.size(1) <= 1 || tensor.stride(1) <= max_row_);
     kept_.push_back(dense ? tensor : torch::stable::contiguous(tensor));
     return kept_.back();
   }
@@ -226,8 +226,7 @@ LstmOutputs run_lstm_forward(const Run& run, const Tensor& gates_x, const Tensor
   out.c_n = take.output("c_n", {l.stack, l.batch, l.hidden}, take.acc(), p.c_n);
   if (keep_cells) {
     const int64_t width = keep_gates ? 4 * l.hidden : 0;
-    out.cells =
-        take.output("cells", {l.steps, l.batch, l.stack, l.hidden}, take.acc(), p.cells);
+    out.cells = take.output("cells", {l.steps, l.batch, l.stack, l.hidden}, take.acc(), p.cells);
     out.gates = take.output("gates", {l.steps, l.batch, l.stack, width}, take.acc(), p.gates);
   }
   run(p, take);
@@ -259,8 +258,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_lstm_backward(
   l.flags = take.flags(flags, l.steps, l.batch);
   l.reverse = take.reverse(reverse, l.stack);
   const DType acc = take.acc();
-  Tensor dgates =
-      take.output("dgates", {l.steps, l.batch, l.stack, 4 * l.hidden}, acc, p.dgates);
+  Tensor dgates = take.output("dgates", {l.steps, l.batch, l.stack, 4 * l.hidden}, acc, p.dgates);
   Tensor dh0 = take.output("dh0", {l.stack, l.batch, l.out}, acc, p.dh0);
   Tensor dc0 = take.output("dc0", {l.stack, l.batch, l.hidden}, acc, p.dc0);
   Tensor dh = take.output("dh", {l.steps, l.batch, l.stack, w_hr ? l.out : 0}, acc, p.dh);
@@ -303,10 +301,12 @@ GruOutputs run_gru_forward(const Run& run, const Tensor& gates_x, const Tensor& 
 }
 
 template <class Run>
-std::tuple<Tensor, Tensor, Tensor> run_gru_backward(
-    const Run& run, const MaybeTensor& dy, const MaybeTensor& dh_n, const Tensor& w_hh,
-    const Tensor& h0, const Tensor& y, const Tensor& gates, const MaybeTensor& flags,
-    const std::vector<bool>& reverse, bool reset_after) {
+std::tuple<Tensor, Tensor, Tensor> run_gru_backward(const Run& run, const MaybeTensor& dy,
+                                                    const MaybeTensor& dh_n, const Tensor& w_hh,
+                                                    const Tensor& h0, const Tensor& y,
+                                                    const Tensor& gates, const MaybeTensor& flags,
+                                                    const std::vector<bool>& reverse,
+                                                    bool reset_after) {
   run.check(w_hh);
   Arguments take(w_hh, run.max_row());
   GruBackward p;
@@ -325,8 +325,7 @@ std::tuple<Tensor, Tensor, Tensor> run_gru_backward(
   l.reverse = take.reverse(reverse, l.stack);
   p.reset_after = reset_after;
   const DType acc = take.acc();
-  Tensor dgates =
-      take.output("dgates", {l.steps, l.batch, l.stack, 3 * l.hidden}, acc, p.dgates);
+  Tensor dgates = take.output("dgates", {l.steps, l.batch, l.stack, 3 * l.hidden}, acc, p.dgates);
   Tensor dgates_hn = take.output(
       "dgates_hn", {l.steps, l.batch, l.stack, reset_after ? l.hidden : 0}, acc, p.dgates_hn);
   Tensor dh0 = take.output("dh0", {l.stack, l.batch, l.hidden}, acc, p.dh0);

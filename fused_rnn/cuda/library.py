@@ -15,6 +15,8 @@ REMEDY = (
     "build it where nvcc is: `FUSED_RNN_CUDA=1 pip install --no-build-isolation .` in the source"
     " tree, or install a wheel built so"
 )
+_NO_GPU = "there is no NVIDIA GPU that torch can use"
+_loaded = False
 
 
 def path() -> Path:
@@ -22,8 +24,31 @@ def path() -> Path:
     return Path(named) if named else Path(__file__).parent.parent / NAME
 
 
+def why_unavailable() -> str | None:
+    """None where the kernels can run, having loaded them; else why not and what would help. Without
+    a GPU the library is loaded only where FUSED_RNN_CUDA_LIBRARY names it. (A call of any layer
+    asks; the answer costs nothing once it is yes.)"""
+    return None if _loaded else _load()
+
+
+def _load() -> str | None:
+    global _loaded
+    file = path()
+    if not file.is_file():
+        return f"there is no {file.name} in this installation; {REMEDY}"
+    gpu = torch.cuda.is_available() and not torch.version.hip
+    if not gpu and not os.environ.get("FUSED_RNN_CUDA_LIBRARY"):
+        return _NO_GPU
+    if reason := _open(file):
+        return reason
+    if not gpu and not is_emulated():
+        return _NO_GPU
+    _loaded = True
+    return None
+
+
 @functools.lru_cache
-def _load(file: Path) -> str | None:
+def _open(file: Path) -> str | None:
     try:
         torch.ops.load_library(str(file))
     except (OSError, RuntimeError) as error:
@@ -31,22 +56,13 @@ def _load(file: Path) -> str | None:
     return None
 
 
-def why_unavailable() -> str | None:
-    """None where the kernels can run, having loaded them; else why not and what would help. Without
-    a GPU the library is loaded only where FUSED_RNN_CUDA_LIBRARY names it."""
-    file = path()
-    if not file.is_file():
-        return f"there is no {file.name} in this installation; {REMEDY}"
-    gpu = torch.cuda.is_available() and not torch.version.hip
-    if not gpu and not os.environ.get("FUSED_RNN_CUDA_LIBRARY"):
-        return "there is no NVIDIA GPU that torch can use"
-    if reason := _load(file):
-        return reason
-    if not gpu and not is_emulated():
-        return "there is no NVIDIA GPU that torch can use"
-    return None
-
-
+@functools.lru_cache
 def is_emulated() -> bool:
     """Whether the library that is loaded runs its kernels on the CPU."""
     return bool(torch.ops.fused_rnn.cuda_is_emulated())
+
+
+@functools.lru_cache
+def has_code_for(index: int) -> bool:
+    """Whether the library that is loaded has code for a GPU, by torch's index."""
+    return bool(torch.ops.fused_rnn.cuda_has_code_for(index))

@@ -4,6 +4,7 @@ Schemas are fused_rnn/ops.py's, meanings docs/design.md's.
 """
 
 import contextlib
+import threading
 
 import torch
 from torch import Tensor
@@ -32,20 +33,24 @@ def _device_model(device: torch.device) -> devices.Device:
     return devices.device_of(index)
 
 
+_settings = threading.Lock()
+
+
 @contextlib.contextmanager
-def _products(precision: str, device: torch.device):
-    """torch's float32 products as a scan's precision wants them: TF32 for "tf32" alone, for there
-    is no 3xTF32 of torch's. (Operands of 16-bit scans are exact in TF32.)"""
-    if device.type != "cuda":
+def _no_less_than(precision: str, device: torch.device):
+    """The step path's products are torch's, in ieee as torch has it by default. Where torch's own
+    setting allows them TF32 and the scan is not to have it, the setting is changed meanwhile; it
+    is the process's, so one scan at a time does that."""
+    matmul = torch.backends.cuda.matmul
+    if device.type != "cuda" or precision == "tf32" or matmul.fp32_precision != "tf32":
         yield
         return
-    settings = torch.backends.cuda.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
+    with _settings:
+        matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = "tf32"
 
 
 def _run(name: str, w_hh: Tensor, sequence: Tensor, *args, proj=0, reset_after=True):
@@ -65,7 +70,6 @@ def _run(name: str, w_hh: Tensor, sequence: Tensor, *args, proj=0, reset_after=T
         )
         if shape.H and S and w_hh.dtype in ACC_DTYPE:
             kernel = planning.choose(model, shape).kind
-    taken = "tf32" if w_hh.dtype.itemsize == 2 else precision
     on, stream = contextlib.nullcontext(), 0
     if device.type == "cuda":
         on, stream = torch.cuda.device(device), torch.cuda.current_stream(device).cuda_stream
@@ -74,7 +78,7 @@ def _run(name: str, w_hh: Tensor, sequence: Tensor, *args, proj=0, reset_after=T
     with torch.no_grad(), on:
         if kernel == "block":
             return op(*args, *choice)
-        with _products(taken, device):
+        with _no_less_than(precision, device):
             return op(*args, *choice)
 
 

@@ -1,4 +1,4 @@
-"""Which CUDA kernel a scan gets, and how long a step should take: pure Python, as fused_rnn/plan.py.
+"""Which CUDA kernel a scan gets, and how long a step should take: pure Python, as plan.py is.
 
 The block scan keeps an entry's weights on one multiprocessor; its account of threads and shared
 memory is csrc/cuda's, told here again so that any machine can plan (a test holds the two together).
@@ -12,7 +12,7 @@ import torch
 
 from fused_rnn.plan import (
     EXCHANGE_CYCLES,
-    EXPONENTIAL_CYCLES,
+    EXPONENTIAL_INSTRUCTIONS,
     KERNEL_US,
     L2_CYCLES,
     LAUNCH_US,
@@ -20,8 +20,10 @@ from fused_rnn.plan import (
     TYPICAL_ROWS,
     Device,
     Shape,
+    arithmetic_cycles,
     rate_of,
 )
+from fused_rnn.plan import chosen as triton_chosen
 
 KERNELS = ("step", "block")  # as the operators number them
 PRODUCTS = ("bfloat16", "float16", "tf32", "tf32x3", "ieee")  # as csrc/cuda/params.h does
@@ -64,12 +66,10 @@ def _sizes(cell: str, product: str, backward: bool) -> tuple[tuple[int, int], ..
     if product == "ieee":
         return (({"lstm": 96, "gru": 112, "rnn": 192}[cell], 0),)
     half = product in ("bfloat16", "float16")
+    if half and cell == "lstm":
+        return ((64, 4), (128, 7), (176, 2)) if backward else ((64, 4), (128, 8), (192, 3))
     if half:
-        third = {
-            "lstm": (176, 2) if backward else (192, 4),
-            "gru": (192, 5) if backward else (208, 3),
-            "rnn": (256, 12),
-        }[cell]
+        third = {"gru": (192, 5) if backward else (208, 3), "rnn": (256, 12)}[cell]
         return ((64, 4), (128, 8), third)
     if cell == "lstm":
         if product == "tf32x3":
@@ -128,59 +128,74 @@ def block_plan(device: Device, shape: Shape) -> Block | None:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Microseconds of one step and what they are made of."""
+    """Microseconds of one step and what they are made of: what keeps a multiprocessor busy
+    (products or the shared memory they read, then the gates), device memory, what one block takes
+    by itself, launches."""
 
     plan: Block | Step
     products: float
     shared: float
+    arithmetic: float
     sequences: float
     latency: float
     launches: float
 
     @property
     def total(self) -> float:
-        return max(self.products, self.shared, self.sequences) + max(self.latency, self.launches)
+        busy = max(self.products, self.shared) + self.arithmetic
+        return max(busy, self.sequences, self.latency, self.launches)
+
+
+# Of a block scan's exponential with its quotient where operands have 11 bits: two instructions of
+# the special function unit, which does 16 a clock where others go at 128. Elsewhere library calls.
+FAST_EXPONENTIAL = 2 * 128 / 16
 
 
 def predict(device: Device, shape: Shape, plan: Block | Step) -> Prediction:
     """The model: what one step of a scan should take on a device."""
     us_per_cycle = 1e-3 / device.clock
-    gates, out = shape.gates, shape.proj or shape.H
-    rows = shape.S * shape.B
+    gates, out, rows = shape.gates, shape.proj or shape.H, shape.S * shape.B
     per_unit = (gates * 4 + 4 + shape.itemsize) * (2 if shape.backward else 1)
     sequences = rows * shape.H * per_unit / device.memory * 1e-3
-    exponentials = EXPONENTIAL_CYCLES[shape.cell] / (2 if shape.backward else 1)
-    rate = rate_of(device, shape)
-    if isinstance(plan, Block):
-        warps, tiles = plan.threads // 32, shape.S * _ceil(shape.B, ROWS)
-        units = warps * UNITS
-        each = _ceil(tiles, device.multiprocessors)  # blocks one multiprocessor runs in all
-        together = max(1, min(each, device.shared // max(plan.shared, 1), 2048 // plan.threads))
-        work = gates * units * units * ROWS
-        # Every warp reads every operand, and its own weights that are not in registers.
-        product = product_of(shape)
-        size = 2 if product in ("bfloat16", "float16") else 4
-        parts = operand_bytes(shape, plan.max_units) // (2 * ROWS) // (plan.max_units * size)
-        read = warps * parts * ROWS * units * size + weight_bytes(shape, plan.held)
-        chain = units * size / 32 * MMA_CYCLES * (3 if product == "tf32x3" else 1)
-        if product == "ieee":
-            chain = units * gates * 4.0  # multiply-adds of one lane, four cycles each in a chain of two
-        latency = chain + EXCHANGE_CYCLES + 4 * exponentials / 2 + L2_CYCLES / 4
+    if isinstance(plan, Step):
+        phases = 2 if shape.two_phases else 1
+        wide = 8 if shape.dtype == torch.float64 else 4  # products are in the arithmetic's dtype
+        share = device.clock * device.multiprocessors * 1e3
         return Prediction(
             plan,
-            work / rate * each * us_per_cycle,
-            read / 128 * each * us_per_cycle,
-            sequences,
-            latency * _ceil(each, together) * us_per_cycle,
-            0.0,
+            gates * shape.H * out * rows / (share * device.fma / (wide / 4)),
+            gates * shape.H * out * wide * shape.S / device.l2 * 1e-3,
+            arithmetic_cycles(shape, rows * shape.H, EXPONENTIAL_INSTRUCTIONS) / share,
+            2 * sequences,
+            2 * phases * (KERNEL_US + L2_CYCLES * us_per_cycle),
+            2 * phases * LAUNCH_US,
         )
-    phases = 2 if shape.two_phases else 1
-    wide = 8 if shape.dtype == torch.float64 else 4  # products are taken in the arithmetic's dtype
-    weights = gates * shape.H * out * wide * shape.S / device.l2 * 1e-3
-    peak = device.multiprocessors * device.clock * 1e3 * device.fma / (2 if wide == 8 else 1)
-    work = gates * shape.H * out * rows / peak
-    latency = (2 * KERNEL_US + 2 * L2_CYCLES * us_per_cycle) * phases
-    return Prediction(plan, work, weights, 2 * sequences, latency, 2 * LAUNCH_US * phases)
+    product = product_of(shape)
+    size = 2 if product in ("bfloat16", "float16") else 4
+    units = plan.threads // 2
+    each = _ceil(shape.S * _ceil(shape.B, ROWS), device.multiprocessors)  # blocks, in all
+    together = max(1, min(each, device.shared // plan.shared, 65536 // (plan.threads * 168)))
+    work = gates * units * units * ROWS / rate_of(device, shape)
+    # Every warp reads every operand, and its own weights that are not in registers.
+    parts = operand_bytes(shape, plan.max_units) // (2 * ROWS * plan.max_units * size)
+    read = plan.threads // 32 * parts * ROWS * units * size + weight_bytes(shape, plan.held)
+    chain = units * size / 32 * MMA_CYCLES * (3 if product == "tf32x3" else 1)
+    exponential = FAST_EXPONENTIAL
+    if product == "ieee":
+        chain = units * 4.0  # one multiply-add after another
+    if product in ("ieee", "tf32x3"):
+        exponential = EXPONENTIAL_INSTRUCTIONS
+    arithmetic = arithmetic_cycles(shape, units * ROWS, exponential)
+    alone = max(work, read / 128, chain) + arithmetic + EXCHANGE_CYCLES + L2_CYCLES / 4
+    return Prediction(
+        plan,
+        work * each * us_per_cycle,
+        read / 128 * each * us_per_cycle,
+        arithmetic * each * us_per_cycle,
+        sequences,
+        alone * _ceil(each, together) * us_per_cycle,
+        0.0,
+    )
 
 
 def choices(device: Device, shape: Shape) -> list[Prediction]:
@@ -191,8 +206,8 @@ def choices(device: Device, shape: Shape) -> list[Prediction]:
 
 @lru_cache(maxsize=4096)
 def chosen(device: Device, shape: Shape) -> Prediction:
-    """The kernel a scan gets, with what a step should take. The kind is decided for a typical batch,
-    because a row's bits may not depend on how many rows are beside it."""
+    """The kernel a scan gets, with what a step should take. The kind is decided for a typical
+    batch, because a row's bits may not depend on how many rows are beside it."""
     kind = choices(device, replace(shape, B=TYPICAL_ROWS))[0].plan.kind
     return next(p for p in choices(device, shape) if p.plan.kind == kind)
 
@@ -200,3 +215,12 @@ def chosen(device: Device, shape: Shape) -> Prediction:
 def choose(device: Device, shape: Shape) -> Block | Step:
     """The kernel a scan gets. Every shape gets one."""
     return chosen(device, shape).plan
+
+
+def blocks_win(device: Device, shape: Shape) -> bool:
+    """Whether a shape has block scans, forward and backward, that are predicted to take no longer
+    than the Triton backend's kernels: what the automatic choice wants of this backend."""
+    for backward in (False, True):
+        if choose(device, replace(shape, backward=backward)).kind != "block":
+            return False
+    return chosen(device, shape).total <= triton_chosen(device, shape).total

@@ -1,0 +1,310 @@
+"""The CUDA C++ kernels beyond what every backend is tested for: each size of block scan, products,
+several blocks and seeds of the scheduler, the step path forced, refusals. Without a GPU the kernels
+run in the emulator, which checks every access."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import UNDER_TEST
+from test_imports import run_python
+from test_numerics import BOTH, CELLS, assert_holds, case_of
+
+import fused_rnn
+from fused_rnn import backends, plan
+from fused_rnn.cuda import library, planning
+from fused_rnn.plan import DEVICES, Shape
+from fused_rnn.precision import fp32_precision
+from fused_rnn.testing import Case, error, evaluate, make_inputs, run
+
+DEVICE = UNDER_TEST["cuda"]
+EMULATED = DEVICE == "cpu"
+FLAGS = {"reverse": BOTH, "lengths": True, "reset": True}
+BLOCK_CELLS = ("lstm", "gru", "rnn", "rnn-relu")
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def by_steps(monkeypatch):
+    """Every scan from now on by the step path."""
+    monkeypatch.setattr(planning, "choose", lambda device, shape: planning.Step())
+
+
+@pytest.fixture
+def schedule():
+    """Sets the emulator's seed and how many blocks run side by side; nothing to set on a GPU."""
+
+    def set_to(seed, resident=2):
+        if EMULATED:
+            torch.ops.fused_rnn.cuda_emulate(seed, resident)
+
+    yield set_to
+    set_to(0)
+
+
+def assert_precise(case: Case, precision: str) -> None:
+    """A float32 scan at a precision, against float64: errors of the size of the rounding of the
+    operands, and above those of ieee in TF32 alone."""
+    exact = evaluate(case, "plain", "cpu", True, torch.float64)
+    found = {}
+    for p in ("ieee", precision):
+        with fp32_precision(p):
+            found[p] = evaluate(case, "cuda", DEVICE)
+    for name in exact:
+        scale = float(exact[name].abs().max())
+        low, high = (error(found[p][name].cpu(), exact[name]) for p in ("ieee", precision))
+        assert high <= (2**-7 if precision == "tf32" else 2**-17) * scale, name
+        if precision == "tf32":
+            assert high > low, name
+
+
+# Sizes on both sides of every size of kernel there is: 64; 96, 112, 128; up to 256.
+@pytest.mark.parametrize("hidden", [16, 23, 63, 65, 96, 100, 121, 129, 150, 177, 190, 208, 250])
+@pytest.mark.parametrize("cell", BLOCK_CELLS)
+def test_block_scans_of_16_bits(cell, hidden):
+    """Three tiles of rows, both directions, flags; the two dtypes in turn."""
+    dtype = HALVES[(hidden + BLOCK_CELLS.index(cell)) % 2]
+    case = case_of(cell, rows=19, hidden=hidden, steps=3, dtype=dtype, **FLAGS)
+    assert_holds(case, "cuda", DEVICE)
+
+
+@pytest.mark.parametrize("hidden", [17, 64, 90, 111, 127, 190])
+@pytest.mark.parametrize("cell", BLOCK_CELLS)
+def test_block_scans_of_float32(cell, hidden):
+    case = case_of(cell, rows=11, hidden=hidden, steps=3, dtype=torch.float32, **FLAGS)
+    with fp32_precision("ieee"):
+        assert_holds(case, "cuda", DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("cell", CELLS)
+def test_step_path(cell, dtype, monkeypatch):
+    """Several blocks of threads, of every cell and option, whatever the plan would rather have."""
+    by_steps(monkeypatch)
+    case = case_of(cell, rows=7, hidden=37, steps=4, dtype=dtype, **FLAGS)
+    if case.proj:
+        case = dataclasses.replace(case, proj=21)
+    with fp32_precision("ieee"):
+        assert_holds(case, "cuda", DEVICE)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
+@pytest.mark.parametrize("hidden", [24, 64, 100, 128, 150])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_block_scans_in_tf32(cell, hidden, precision):
+    case = case_of(cell, rows=9, hidden=hidden, steps=4, dtype=torch.float32)
+    if planning.block_plan(DEVICES["H200"], shape_of(cell, hidden, precision)):
+        assert_precise(case, precision)
+    else:  # beyond the block scan torch multiplies, on a CPU in ieee
+        with fp32_precision(precision):
+            assert_holds(case, "cuda", DEVICE)
+
+
+def shape_of(cell, hidden, precision="ieee", dtype=torch.float32, backward=False):
+    return Shape(cell, 1, 8, hidden, dtype, precision=precision, backward=backward)
+
+
+@pytest.mark.parametrize("seed", range(1, 7))
+@pytest.mark.parametrize("cell", BLOCK_CELLS)
+def test_schedules(cell, seed, schedule):
+    """Other orders of lanes, warps and blocks, up to 40 steps; the same bits."""
+    dtype = (torch.bfloat16, torch.float32, torch.float16)[seed % 3]
+    case = case_of(cell, rows=17, hidden=41, steps=40, dtype=dtype, **FLAGS)
+    results = []
+    for number, resident in ((seed, 3), (seed + 100, 1)):
+        schedule(number, resident)
+        with fp32_precision(plan.PRECISIONS[seed // 2 % 3]):
+            results.append(evaluate(case, "cuda", DEVICE))
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+
+
+@pytest.mark.parametrize("cell", BLOCK_CELLS)
+def test_kernels_agree(cell, monkeypatch):
+    """Block scan and step path are one function."""
+    case = case_of(cell, rows=5, hidden=20, steps=4, dtype=torch.float32, **FLAGS)
+    with fp32_precision("ieee"):
+        block = evaluate(case, "cuda", DEVICE)
+        by_steps(monkeypatch)
+        step = evaluate(case, "cuda", DEVICE)
+    for name, value in block.items():
+        torch.testing.assert_close(step[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cell", BLOCK_CELLS)
+def test_companions(cell):
+    """A row alone, and among others in any place, has the same bits from a block scan."""
+    case = case_of(cell, rows=13, hidden=33, steps=5, dtype=torch.bfloat16, lengths=True)
+    tensors = make_inputs(case, DEVICE)
+    tensors = {
+        k: t.bfloat16() if t is not None and t.is_floating_point() else t
+        for k, t in tensors.items()
+    }
+
+    def outputs(rows):
+        given = dict(tensors)
+        for name in ("input", "h0", "c0"):
+            if given[name] is not None:
+                given[name] = given[name][:, rows]
+        given["lengths"] = given["lengths"][rows]
+        return run(dataclasses.replace(case, rows=len(rows)), given, "cuda")[0]
+
+    whole = outputs(list(range(13)))
+    for rows in ([5], [12, 0, 5], [9, 8, 7, 6, 5, 4, 3, 2, 1]):
+        assert torch.equal(outputs(rows), whole[:, rows])
+
+
+def test_more_entries_than_one_launch_takes():
+    """1,030 stack entries in directions without a pattern."""
+    generator = torch.Generator().manual_seed(1)
+    reverse = tuple((torch.rand(1030, generator=generator) < 0.5).tolist())
+    for cell in ("rnn", "gru"):
+        case = Case(cell, steps=2, rows=2, hidden=2, reverse=reverse, dtype=torch.float32)
+        with fp32_precision("ieee"):
+            wanted, got = evaluate(case, "reference"), evaluate(case, "cuda", DEVICE)
+        for name, value in wanted.items():
+            torch.testing.assert_close(got[name].cpu(), value, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_far_apart_are_copied():
+    """A sequence whose rows lie beyond a lane's 32-bit offsets is made contiguous first."""
+    if not EMULATED:
+        pytest.skip("takes 2 GiB of a GPU's memory for one row")
+    far = torch.empty_strided((2, 2, 1, 16), (16, 2**27 + 16, 16, 1))
+    far.copy_(torch.randn(2, 2, 1, 16))
+    w_hh, state = torch.randn(1, 16, 4), torch.zeros(1, 2, 4)
+    op = torch.ops.fused_rnn.cuda_lstm_inference
+    rest = (w_hh, None, state, state, None, [False])
+    for ours, theirs in zip(op(far, *rest), op(far.contiguous(), *rest), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_infinite_states(cell):
+    """Infinities and NaN in the initial state reach what they reach in plain PyTorch."""
+    case = case_of(cell, rows=3, hidden=9, steps=3, dtype=torch.float32)
+    tensors = make_inputs(case, DEVICE)
+    tensors = {
+        k: t.float() if t is not None and t.is_floating_point() else t for k, t in tensors.items()
+    }
+    tensors["h0"][0, 1, 3] = float("inf")
+    tensors["h0"][0, 2, 4] = float("nan")
+    wanted = run(case, tensors, "reference")[0]
+    for precision in plan.PRECISIONS:
+        with fp32_precision(precision):
+            got = run(case, tensors, "cuda")[0]
+        assert torch.equal(got.isnan(), wanted.isnan()), precision
+
+
+# The plan and the kernels know the same sizes.
+
+
+CELLS_OF_KERNELS = ("lstm", "gru", "rnn")  # as csrc/cuda/params.h numbers them
+
+
+@pytest.mark.parametrize("product", planning.PRODUCTS)
+@pytest.mark.parametrize("cell", CELLS_OF_KERNELS)
+def test_the_plan_accounts_for_the_kernels(cell, product):
+    """Threads and shared memory of every H, forward and backward, as the library counts them."""
+    half = product in ("bfloat16", "float16")
+    for hidden in range(1, 300):
+        for backward in (False, True):
+            shape = shape_of(
+                cell,
+                hidden,
+                "ieee" if half else product,
+                getattr(torch, product) if half else torch.float32,
+                backward,
+            )
+            block = planning.block_kernel(shape)
+            wanted = (block.threads, block.shared) if block else (0, 0)
+            number = CELLS_OF_KERNELS.index(cell), planning.PRODUCTS.index(product)
+            assert torch.ops.fused_rnn.cuda_block_needs(*number, hidden, backward) == wanted
+
+
+# Choice and refusals.
+
+
+def test_it_is_not_chosen_on_a_cpu():
+    request = backends.Request("lstm", "cpu", torch.float32)
+    assert backends.choose(request) == "cpu"
+    if EMULATED:
+        assert "emulated" in backends.BACKENDS["cuda"].yields(request)
+
+
+def test_without_the_library_it_is_refused(tmp_path):
+    """From use_backend, from a call, and from the operator itself, with the remedy."""
+    status, out, err = run_python(
+        """
+    import torch, fused_rnn
+    x, w_ih, w_hh = torch.randn(2, 1, 3), torch.randn(8, 3), torch.randn(8, 2)
+    state = torch.zeros(1, 1, 2)
+    calls = (
+        lambda: fused_rnn.use_backend("cuda"),
+        lambda: fused_rnn.lstm(x, None, w_ih, w_hh, backend="cuda"),
+        lambda: torch.ops.fused_rnn.cuda_rnn_forward(
+            x[..., :2].unsqueeze(2), w_hh[None, :2], state, None, [False], False
+        ),
+    )
+    for call in calls:
+        try:
+            call()
+        except RuntimeError as error:
+            print(str(error).splitlines()[0])
+    """,
+        FUSED_RNN_CUDA_LIBRARY=str(tmp_path / "libmissing.so"),
+    )
+    assert status == 0, err
+    lines = out.strip().splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        assert "there is no libmissing.so" in line and "FUSED_RNN_CUDA=1 pip install" in line
+    assert "What would: cpu, " in lines[1]
+
+
+def test_a_broken_library_is_reported(tmp_path):
+    broken = tmp_path / "libbroken.so"
+    broken.write_bytes(b"not a library")
+    status, out, err = run_python(
+        "import fused_rnn; print(fused_rnn.available_backends()['cuda'])",
+        FUSED_RNN_CUDA_LIBRARY=str(broken),
+    )
+    assert status == 0, err
+    assert "libbroken.so could not be loaded" in out
+
+
+def scan(name="lstm_inference", kernel=1, precision=0, dtype=torch.float32, hidden=4, **changes):
+    """One of the library's own operators, called as only fused_rnn.cuda does."""
+    given = {
+        "gates_x": torch.zeros(2, 1, 1, 4 * hidden, dtype=dtype, device=DEVICE),
+        "w_hh": torch.zeros(1, 4 * hidden, hidden, dtype=dtype, device=DEVICE),
+        "w_hr": None,
+        "h0": torch.zeros(1, 1, hidden, dtype=dtype, device=DEVICE),
+        "c0": torch.zeros(1, 1, hidden, dtype=dtype, device=DEVICE),
+        "flags": None,
+        "reverse": [False],
+    } | changes
+    op = getattr(torch.ops.fused_rnn, f"cuda_scan_{name}")
+    return op(*given.values(), kernel, precision, 0)
+
+
+def test_block_scans_refuse_what_they_cannot_take():
+    with pytest.raises(RuntimeError, match=r"no float64 and no projection; kernel 0 has"):
+        scan(dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"no block scan for H = 97; kernel 0 has any size"):
+        scan(hidden=97)
+    with pytest.raises(RuntimeError, match=r"kernel must be 0 or 1, got 2"):
+        scan(kernel=2)
+    with pytest.raises(RuntimeError, match=r"precision must be 0, 1 or 2, got 3"):
+        scan(precision=3)
+    with pytest.raises(RuntimeError, match=r"reverse must have S = 1 values, got 2"):
+        scan(reverse=[False, True])
+
+
+def test_the_step_path_takes_any_size():
+    for outputs in (scan(kernel=0, hidden=97), scan(kernel=0, dtype=torch.float64)):
+        assert outputs[0].shape[:3] == (2, 1, 1)
+
+
+def test_the_library_says_what_it_is():
+    assert library.is_emulated() == EMULATED
+    assert fused_rnn.available_backends()["cuda"] is None
