@@ -46,14 +46,18 @@ format: env  ## ruff and clang-format, changing files
 	@.venv/bin/ruff format
 	@$(CLANG_FORMAT) -i
 
+# With the CUDA library wherever nvcc is: that needs no GPU, nor a torch with CUDA, and a wheel is for
+# other machines. FUSED_RNN_CUDA=0 leaves it out.
 # build/lib* would carry modules into the wheel that are no longer in the source.
 wheel: env  ## dist/*.whl, for any Python >= 3.10 and torch >= 2.10
 	@rm -rf build/lib* build/bdist*
-	@$(PY) -m build --wheel --no-isolation
+	@FUSED_RNN_CUDA="$${FUSED_RNN_CUDA:-$$($(PY) tools/build_cuda.py)}" \
+		$(PY) -m build --wheel --no-isolation
 
 sdist: env  ## dist/*.tar.gz
 	@$(PY) -m build --sdist --no-isolation
 
 clean:  ## remove .venv and all that was built
-	rm -rf .venv build dist *.egg-info fused_rnn/_C.* .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info fused_rnn/_C.* fused_rnn/libfused_rnn_cuda.so
+	rm -rf .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

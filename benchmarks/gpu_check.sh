@@ -8,11 +8,13 @@ usage() {
 usage: benchmarks/gpu_check.sh [--rehearse] FOLDER
 
 Runs from the source tree with $PYTHON (default: .venv/bin/python, else python3), which needs torch,
-Triton and pytest; no network, no git. Leaves in FOLDER a log of every stage (NN_stage.log), the
-tests as JUnit XML, the benchmark's tables (bench_DTYPE/), the launch costs, the names of the
-kernels that ran, and summary.txt.
+Triton and pytest; no network, no git. Where nvcc is, it builds the CUDA backend for the GPU that is
+here; where compute-sanitizer is, it runs that. Leaves in FOLDER a log of every stage
+(NN_stage.log), the tests as JUnit XML, the benchmark's tables (bench_DTYPE/), the launch costs, the
+names of the kernels that ran, and summary.txt.
 
-  --rehearse   the same on a CPU, kernels interpreted, at tiny sizes: for errors in typing only
+  --rehearse   the same on a CPU, kernels interpreted, at tiny sizes: for errors in typing only. The
+               CUDA backend takes part emulated, where FUSED_RNN_CUDA_LIBRARY names such a library
 
 exit status: 0; 1 where a stage failed or ran out of its time; 2 where the arguments make no sense
 TEXT
@@ -48,25 +50,34 @@ export TRITON_CACHE_DIR=$WORK/triton # one for all stages: what one compiles ser
 unset FUSED_RNN_BACKEND FUSED_RNN_FP32_PRECISION
 
 TOTAL=470 # seconds for everything; a stage gets its own limit or what is left
+CHECKS=160 # seconds for all that runs side by side
 DEVICE=cuda EVERY=5 BENCH_BUDGET=0.3
-# Every test marked gpu is in one of these, whatever it is called: name, then a -k expression.
+# Every test marked gpu is in one of these, whatever it is called: name, then a -k expression. (The
+# tensors of gigabytes are all in one, for there is not the memory for two at a time.)
 TESTS=(
-    "lstm:numerics and lstm and not lstm-proj"
-    "lstm_proj:numerics and lstm-proj"
-    "gru:numerics and gru and not gru-before and not lstm"
-    "gru_before:numerics and gru-before and not lstm"
-    "rnn:numerics and not lstm and not gru"
-    "plans:not numerics and (kind or deterministic or batch)"
-    "others:not numerics and not (kind or deterministic or batch)"
+    "lstm:not cuda and numerics and lstm and not lstm-proj"
+    "lstm_proj:not cuda and numerics and lstm-proj"
+    "gru:not cuda and numerics and gru and not gru-before and not lstm"
+    "gru_before:not cuda and numerics and gru-before and not lstm"
+    "rnn:not cuda and numerics and not lstm and not gru"
+    "plans:not cuda and not numerics and (kind or deterministic or batch)"
+    "others:not numerics and not (kind or deterministic or batch) and (not cuda or 2_31)"
+    "cuda_lstm:cuda and numerics and lstm"
+    "cuda_gru_rnn:cuda and numerics and not lstm"
+    "cuda_others:cuda and not numerics and (kind or deterministic or batch or not 2_31)"
 )
-SIZES=() QUICK=() PROFILE=()
+CUDA_FILE=() # what pytest is told besides for tests/test_cuda.py
+SIZES=() QUICK=() PROFILE=() SANITIZE=()
 SELECTION=(gpu streaming online reinforcement_learning tagging time_series language_model)
 SELECTION+=(ragged speech)
 if [ $REHEARSE = 1 ]; then
-    TOTAL=300 DEVICE=cpu EVERY=37 BENCH_BUDGET=0
+    CHECKS=320 DEVICE=cpu EVERY=37 BENCH_BUDGET=0
     SELECTION=(gpu/ragged_h128 gpu/resets_h128)
     SIZES=(-T 2 -B 2 -I 16 -H 16) QUICK=(--quick) PROFILE=(--shapes 2 -T 2 -B 2 -H 16)
+    CUDA_FILE=(-k "kernels_agree or refuse or says_what") SANITIZE=(-T 1 -B 2 -H 23)
     export TRITON_INTERPRET=1 FUSED_RNN_GPU_REHEARSAL=1 CUDA_VISIBLE_DEVICES=
+else
+    unset FUSED_RNN_CUDA_LIBRARY # the one that is built here is checked
 fi
 
 # stage NAME LIMIT COMMAND...: runs it under its limit, its output in a log of its own. The number
@@ -114,7 +125,8 @@ CODE
     done
     return $status
 }
-build() { # the CPU backend; nothing on the GPU needs it
+has_nvcc() { [ "$("$PYTHON" tools/build_cuda.py)" = 1 ]; }
+build() { # the CPU backend, which nothing on the GPU needs, and where nvcc is the CUDA library
     if ! command -v c++ g++ clang++ | grep -q .; then
         echo "no C++ compiler"
         return 77
@@ -124,56 +136,148 @@ assert os.path.exists(sysconfig.get_path("include") + "/Python.h")'; then
         echo "no setuptools or no Python.h"
         return 77
     fi
-    MAX_JOBS=${MAX_JOBS:-4} "$PYTHON" setup.py -q build_ext --inplace
+    if ! has_nvcc; then
+        FUSED_RNN_CUDA=0 "$PYTHON" setup.py -q build_ext --inplace || return
+        echo "no nvcc: the CPU backend alone is built"
+        return 77
+    fi
+    # For the GPUs that are here alone, which takes a fraction of the time; Hopper has instructions
+    # of its own under the name 9.0a. A rehearsal builds for one, only to see that it compiles.
+    TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c 'import torch
+here = {torch.cuda.get_device_capability(k) for k in range(torch.cuda.device_count())}
+names = ["{}.{}".format(*one) + "a" * (one == (9, 0)) for one in sorted(here or {(9, 0)})]
+print(";".join(names))') || return
+    export TORCH_CUDA_ARCH_LIST
+    echo "TORCH_CUDA_ARCH_LIST=$TORCH_CUDA_ARCH_LIST"
+    FUSED_RNN_CUDA=1 "$PYTHON" setup.py -q build_ext --inplace
 }
-tests() { # EXPRESSION XML: the tests marked gpu that a -k expression names
+why_no_cuda() { # a line that says why the CUDA backend is not available, or nothing
+    "$PYTHON" -c 'import fused_rnn
+print(fused_rnn.available_backends()["cuda"] or "")'
+}
+run_pytest() { # XML ARGUMENTS...
+    # (The setting is what poisoned memory needs of cuBLAS; see tests/test_gpu.py.)
+    CUBLAS_WORKSPACE_CONFIG=:4096:8 "$PYTHON" -m pytest -q -p no:cacheprovider --durations=5 \
+        -o junit_family=xunit1 --junitxml="$1" "${@:2}"
+}
+tests() { # XML EXPRESSION: the tests marked gpu that a -k expression names
     local files
     files=$(grep -l 'pytest\.mark\.gpu' tests/test_*.py)
     # shellcheck disable=SC2086
-    "$PYTHON" -m pytest -q -m gpu -k "$1" -p no:cacheprovider --durations=5 \
-        -o junit_family=xunit1 --junitxml="$2" $files
+    run_pytest "$1" -m gpu -k "$2" $files
+}
+cuda_file() { # XML: the tests of every size of block scan
+    if [ -n "$CUDA_MISSING" ]; then echo "$CUDA_MISSING" && return 77; fi
+    run_pytest "$1" ${CUDA_FILE[@]+"${CUDA_FILE[@]}"} tests/test_cuda.py
+}
+verify() { # BACKEND DTYPE
+    if [ "$1" = cuda ] && [ -n "$CUDA_MISSING" ]; then echo "$CUDA_MISSING" && return 77; fi
+    "$PYTHON" -m fused_rnn verify --backend "$1" --device $DEVICE --dtype "$2" --every $EVERY
+}
+find_sanitizer() { # beside nvcc, which may itself be a script somewhere else
+    local nvcc top path
+    command -v compute-sanitizer && return
+    nvcc=$("$PYTHON" -c 'import os, sys
+sys.path.insert(0, "tools")
+import build_cuda
+print(build_cuda.find_nvcc(os.environ) or "")')
+    if [ -z "$nvcc" ]; then return 1; fi
+    top=$("$nvcc" --dryrun -c -x cu /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p')
+    for path in "${top:-$(dirname "$nvcc")/..}"/{bin,compute-sanitizer}/compute-sanitizer; do
+        if [ -x "$path" ]; then echo "$path" && return; fi
+    done
+    return 1
+}
+sanitize() { # TOOL
+    local sanitizer command options=()
+    if [ -n "$CUDA_MISSING" ]; then echo "$CUDA_MISSING" && return 77; fi
+    command=("$PYTHON" -m benchmarks.sanitize --device $DEVICE ${SANITIZE[@]+"${SANITIZE[@]}"})
+    if [ "$1" = initcheck ]; then
+        # It has to see who writes what, so all kernels take part, and those of cuBLAS had better
+        # not; block scans alone then.
+        command+=(--kernels block)
+    else
+        options=(--kernel-regex kns=fused_rnn) # by a part of the mangled name: ours alone
+    fi
+    if [ $REHEARSE = 1 ]; then
+        "${command[@]}"
+        return
+    fi
+    if ! sanitizer=$(find_sanitizer); then
+        echo "no compute-sanitizer, neither on PATH nor beside nvcc"
+        return 77
+    fi
+    # Without torch's cache every tensor is an allocation of its own, whose ends the tool knows.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$1" --error-exitcode 1 \
+        ${options[@]+"${options[@]}"} "${command[@]}"
 }
 benchmark() { # DTYPE LIMIT
     "$PYTHON" -m benchmarks "${SELECTION[@]}" --device $DEVICE --dtypes "$1" --limit "$2" \
-        --providers torch,ours,ours:triton --budget $BENCH_BUDGET ${SIZES[@]+"${SIZES[@]}"} \
+        --providers "$PROVIDERS" --budget $BENCH_BUDGET ${SIZES[@]+"${SIZES[@]}"} \
         --out "$OUT/bench_$1"
 }
 # `timeout` runs programs, not functions: the functions above are run by a shell of their own.
-export -f environment build tests benchmark
-export PYTHON OUT DEVICE BENCH_BUDGET
+export -f environment has_nvcc build run_pytest tests cuda_file verify find_sanitizer sanitize
+export -f benchmark
+export PYTHON OUT DEVICE REHEARSE EVERY BENCH_BUDGET
 in_shell() { # FUNCTION ARGUMENTS...: as a command for `stage`
-    COMMAND=(bash -uc "$(declare -p SELECTION SIZES); $1 \"\$@\"" "$1" "${@:2}")
+    local arrays
+    arrays=$(declare -p SELECTION SIZES CUDA_FILE SANITIZE)
+    COMMAND=(bash -uc "$arrays; $1 \"\$@\"" "$1" "${@:2}")
 }
 
 next environment
 in_shell environment
 stage "$NAME" 40 "${COMMAND[@]}"
 
+next build
+in_shell build
+stage "$NAME" 130 "${COMMAND[@]}"
+
+# Without nvcc, and in a rehearsal without an emulated library, there is no CUDA backend and nothing
+# to complain of. Anything else that is wrong with it will show where it is asked for.
+export CUDA_MISSING='' PROVIDERS=torch,ours,ours:triton PROFILED=torch,ours:triton
+reason=$(why_no_cuda)
+if [ -z "$reason" ]; then
+    PROVIDERS=torch,ours,ours:cuda,ours:triton PROFILED=torch,ours:cuda,ours:triton
+elif [ $REHEARSE = 1 ] && [ -z "${FUSED_RNN_CUDA_LIBRARY:-}" ]; then
+    CUDA_MISSING="FUSED_RNN_CUDA_LIBRARY names no emulated library: $reason"
+elif [ $REHEARSE = 0 ] && ! has_nvcc; then
+    CUDA_MISSING="no nvcc: $reason"
+fi
+
 # What is not timed runs side by side: most of it is compilation, one kernel at a time a process.
 threads=${OMP_NUM_THREADS:-}
 export OMP_NUM_THREADS=2
 if [ $REHEARSE = 1 ]; then export OMP_NUM_THREADS=1; fi
-next build
-in_shell build
-stage "$NAME" 90 "${COMMAND[@]}" &
 for group in "${TESTS[@]}"; do
     next "tests_${group%%:*}"
-    in_shell tests "${group#*:}" "$OUT/$NAME.xml"
-    stage "$NAME" 200 "${COMMAND[@]}" &
+    in_shell tests "$OUT/$NAME.xml" "${group#*:}"
+    stage "$NAME" $CHECKS "${COMMAND[@]}" &
 done
-for dtype in float32 float64 bfloat16 float16; do
-    next verify_$dtype
-    stage "$NAME" 200 "$PYTHON" -m fused_rnn verify --backend triton --device $DEVICE \
-        --dtype $dtype --every $EVERY &
+next tests_cuda_file
+in_shell cuda_file "$OUT/$NAME.xml"
+stage "$NAME" $CHECKS "${COMMAND[@]}" &
+for backend in triton cuda; do
+    for dtype in float32 float64 bfloat16 float16; do
+        next verify_${backend}_$dtype
+        in_shell verify $backend $dtype
+        stage "$NAME" $CHECKS "${COMMAND[@]}" &
+    done
+done
+for tool in memcheck racecheck synccheck initcheck; do
+    next sanitize_$tool
+    in_shell sanitize $tool
+    stage "$NAME" $CHECKS "${COMMAND[@]}" &
 done
 wait
 if [ -n "$threads" ]; then export OMP_NUM_THREADS=$threads; else unset OMP_NUM_THREADS; fi
 
 next launch_cost
-stage "$NAME" 40 "$PYTHON" -m benchmarks.launch_cost --device $DEVICE ${QUICK[@]+"${QUICK[@]}"} \
+stage "$NAME" 30 "$PYTHON" -m benchmarks.launch_cost --device $DEVICE ${QUICK[@]+"${QUICK[@]}"} \
     --json "$OUT/launch_cost.json"
 next profile
-stage "$NAME" 40 "$PYTHON" -m benchmarks.gpu_profile --device $DEVICE \
+stage "$NAME" 30 "$PYTHON" -m benchmarks.gpu_profile --device $DEVICE --providers $PROFILED \
     ${PROFILE[@]+"${PROFILE[@]}"} --out "$OUT/kernels.txt"
 
 # Each dtype's table gets its share of what is left, and ends by itself before the limit does it.
@@ -194,6 +298,10 @@ cat "$WORK"/*.stage | sort >"$OUT/stages.txt"
     echo && echo "== tests and verify"
     grep -hE '^(FAILED|ERROR|FAULT)|^verify:|[0-9]+ (passed|failed|skipped|errors?)\b' \
         "$OUT"/*_tests_*.log "$OUT"/*_verify_*.log
+    echo && echo "== compute-sanitizer"
+    for tool in memcheck racecheck synccheck initcheck; do
+        echo "$tool:" && grep -hE '^FAULT|^sanitize:|^no |SUMMARY' "$OUT"/*_sanitize_$tool.log
+    done
     echo && echo "== launch costs"
     cat "$OUT"/*_launch_cost.log
     for dtype in float16 bfloat16 float32; do

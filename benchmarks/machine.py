@@ -12,6 +12,9 @@ import subprocess
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+# What the kernels of a GPU are made of.
+KERNELS = ("fused_rnn/triton", "fused_rnn/cuda", "csrc/cuda", "csrc/math", "csrc/waist")
+SOURCES = {".py", ".cpp", ".cu", ".cuh", ".h", ".inl"}
 
 
 def version_of(package):
@@ -43,12 +46,15 @@ def commit():
 
 
 def kernel_hash(root=ROOT):
-    """A hash of the GPU kernels' sources and of the plan that chooses among them, under `root`.
+    """A hash of the GPU kernels' sources and of the plans that choose among them, under `root`.
 
     Results keep it, so that one sees without git whether the kernels are newer than the results.
     """
     digest = hashlib.sha256()
-    sources = [*(root / "fused_rnn" / "triton").glob("*.py"), root / "fused_rnn" / "plan.py"]
+    sources = [root / "fused_rnn" / "plan.py"]
+    for folder in KERNELS:
+        found = (root / folder).iterdir() if (root / folder).is_dir() else ()
+        sources += [path for path in found if path.suffix in SOURCES]
     for path in sorted(sources):
         content = path.read_bytes()
         # The length keeps the end of one file apart from the beginning of the next.

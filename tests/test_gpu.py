@@ -1,27 +1,34 @@
-"""The Triton kernels on a GPU at the sizes they are for, and what only a GPU has: CUDA graphs,
-streams, several devices, tensors of gigabytes.
+"""The Triton and the CUDA kernels on a GPU at the sizes they are for, and what only a GPU has: CUDA
+graphs, streams, several devices, tensors of gigabytes.
 
-FUSED_RNN_GPU_REHEARSAL=1 runs the same bodies on a CPU, in Triton's interpreter and at sizes of a
-few units, so that the first run on a GPU is not the first run at all.
+FUSED_RNN_GPU_REHEARSAL=1 runs the same bodies on a CPU, in Triton's interpreter and with the
+emulated library that FUSED_RNN_CUDA_LIBRARY names, at sizes of a few units, so that the first run
+on a GPU is not the first run at all.
 """
 
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
 import fused_rnn
-from fused_rnn import plan, testing
+from fused_rnn import backends, plan, testing
+from fused_rnn.cuda import library, planning
 from fused_rnn.precision import fp32_precision
 from fused_rnn.testing import Case
 
 REHEARSAL = os.environ.get("FUSED_RNN_GPU_REHEARSAL") == "1"
 DEVICE = "cpu" if REHEARSAL else "cuda"
-BACKEND = "triton"
+BACKENDS = ("triton", "cuda")
+# Poisoned memory asks torch for deterministic algorithms, which cuBLAS, taking the products of the
+# CUDA backend's steps, has with this setting only. torch reads it at the first product.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,6 +43,32 @@ BOTH = (False, True)
 def size(real: int, rehearsed: int) -> int:
     """A size on a GPU, and what stands for it in a rehearsal."""
     return rehearsed if REHEARSAL else real
+
+
+def nvcc() -> str | None:
+    """The compiler that the CUDA library would be built with."""
+    path = Path(__file__).resolve().parents[1] / "tools" / "build_cuda.py"
+    spec = importlib.util.spec_from_file_location("build_cuda", path)
+    build_cuda = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build_cuda)
+    return build_cuda.find_nvcc(os.environ)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """The name of each backend that has kernels for a GPU; a missing one is a failure, except for a
+    CUDA library that nothing here could build."""
+    name = request.param
+    reason = backends.available_backends()[name]
+    if name == "cuda" and reason:
+        if REHEARSAL and not os.environ.get("FUSED_RNN_CUDA_LIBRARY"):
+            pytest.skip("FUSED_RNN_CUDA_LIBRARY names no emulated library")
+        if not REHEARSAL and torch.version.hip:
+            pytest.skip("its kernels are for NVIDIA's GPUs")
+        if not REHEARSAL and not library.path().is_file() and nvcc() is None:
+            pytest.skip(f"no nvcc, and {reason}")
+    assert reason is None
+    return name
 
 
 class Number(NamedTuple):
@@ -119,13 +152,13 @@ def yardsticks(case: Case, tf32: bool, draws: int):
     return exact, errors
 
 
-def assert_holds(case: Case, number: Number, note=lambda name, value: None) -> None:
+def assert_holds(case: Case, backend: str, number: Number, note=lambda name, value: None) -> None:
     """Every output and gradient of a case, on memory full of NaN, within the budget: plain
     PyTorch's error in that dtype times one (16 bits), two (float32; TF32 against TF32) or four
     (tf32x3, whose operands are cut to two parts of 11 bits each, against float32), plus the
     grain."""
     with testing.poisoned_memory(), fp32_precision(number.precision):
-        got = testing.evaluate(case, BACKEND, DEVICE)
+        got = testing.evaluate(case, backend, DEVICE)
     scale = 2 if number.precision == "tf32x3" else 1  # and twice that by ``testing.budget``
     for draws in (size(3, 2), 12):  # more only where fewer would not do
         exact, errors = yardsticks(case, number.precision == "tf32", draws)
@@ -151,90 +184,115 @@ def _free_memory():
 @pytest.mark.parametrize("number", NUMBERS, ids=str)
 @pytest.mark.parametrize("shape", SIZES)
 @pytest.mark.parametrize("cell", CELLS)
-def test_numerics(cell, shape, number, record_property):
+def test_numerics(cell, shape, number, backend, record_property):
     case = case_of(cell, dtype=number.dtype, **SIZES[shape])
     if REHEARSAL and shape != "H64-B7-flags":
         pytest.skip("the rehearsal's sizes are all alike")
-    assert_holds(case, number, record_property)
+    assert_holds(case, backend, number, record_property)
 
 
 # Every kind of plan. The plan itself chooses by predicted time; here each is made to run.
 
 
 @contextlib.contextmanager
-def forced(kind: str):
-    """Make every scan run by plans of one kind; skips the test where a scan has none such here."""
-    before = plan.choose
+def forced(backend: str, kind: str):
+    """Make every scan of a backend run by plans of one kind; skips the test where a scan has none
+    such here."""
+    planner = {"triton": plan, "cuda": planning}[backend]
+    before = planner.choose
 
     def choose(device, shape):
-        for prediction in plan.choices(device, shape):
+        for prediction in planner.choices(device, shape):
             if prediction.plan.kind == kind:
                 return prediction.plan
         pytest.skip(f"{device.name} has no {kind} plan for {shape}")
 
-    plan.choose = choose
+    planner.choose = choose
     try:
         yield
     finally:
-        plan.choose = before
+        planner.choose = before
 
 
-KINDS = ("block", "streamed", "step")
+KINDS = {"triton": ("block", "streamed", "step"), "cuda": ("block", "step")}
+
+
+def every_kind(*kinds: str):
+    """Parametrizes a test by backend and kind of plan: by those of the kinds a backend has."""
+    pairs = [(b, kind) for b in BACKENDS for kind in KINDS[b] if not kinds or kind in kinds]
+    return pytest.mark.parametrize(("backend", "kind"), pairs, indirect=["backend"])
 
 
 @pytest.mark.parametrize("number", [NUMBERS[1], NUMBERS[3]], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_plan(kind, cell, number):
+@every_kind()
+def test_every_kind_of_plan(backend, kind, cell, number):
     hidden = 128 if number.dtype == torch.bfloat16 else 64  # what a block scan can hold
-    with forced(kind):
+    with forced(backend, kind):
         case = case_of(
             cell, dtype=number.dtype, hidden=hidden, rows=40, steps=19, inputs=32, **FLAGS
         )
-        assert_holds(case, number)
+        assert_holds(case, backend, number)
 
 
-@pytest.mark.parametrize("kind", ("streamed", "step"))
-def test_large_weights_of_every_kind(kind):
-    with forced(kind):
+@every_kind("streamed", "step")
+def test_large_weights_of_every_kind(backend, kind):
+    with forced(backend, kind):
         case = case_of("lstm", dtype=torch.bfloat16, hidden=768, rows=24, steps=9, inputs=64)
-        assert_holds(case, Number(torch.bfloat16))
+        assert_holds(case, backend, Number(torch.bfloat16))
 
 
 # The same bits again.
 
-REPEATED = [
-    pytest.param(kind, cell, hidden, dtype, id=f"{kind}-{cell}-H{hidden}-{str(dtype)[6:]}")
-    for kind, hidden, dtype in (
-        ("block", 128, torch.bfloat16),
-        ("streamed", 96, torch.float16),
-        ("step", 256, torch.float32),
-    )
-    for cell in CELLS
-]
+
+def repeated(*plans):
+    """Parametrizes a test by (backend, kind, hidden, dtype), and by the cell."""
+    values = []
+    for backend, kind, hidden, dtype in plans:
+        for cell in CELLS:
+            name = f"{backend}-{kind}-{cell}-H{hidden}-{str(dtype)[6:]}"
+            values.append(pytest.param(backend, kind, hidden, dtype, cell, id=name))
+    names = ("backend", "kind", "hidden", "dtype", "cell")
+    return pytest.mark.parametrize(names, values, indirect=["backend"])
 
 
-def assert_same(ours, other, what="") -> None:
-    """The same bits. In a rehearsal nearly: NumPy's products, which the interpreter takes, give a
-    row other bits in another place of a tile (seen with float32 at 64 x 16 x 64)."""
-    if REHEARSAL:
+KEEPING_BITS = (
+    ("triton", "block", 128, torch.bfloat16),
+    ("triton", "streamed", 96, torch.float16),
+    ("triton", "step", 256, torch.float32),
+    ("cuda", "block", 128, torch.bfloat16),
+    ("cuda", "block", 60, torch.float32),
+)
+# Its products are cuBLAS's, which may take another kernel for another number of rows.
+BITS_BY_BATCH = ("cuda", "step")
+
+
+def assert_same(backend, kind, ours, other, what="") -> None:
+    """The same bits. Nearly those where a library multiplies: by the CUDA backend's steps, and in a
+    rehearsal by Triton's interpreter, where NumPy's products give a row other bits in another place
+    of a tile (seen with float32 at 64 x 16 x 64)."""
+    if (backend, kind) == BITS_BY_BATCH:
+        # States of size one; a bit of the sums may be one of the rounded state, and carries on.
+        slack = 8 * torch.finfo(ours.dtype).eps
+        torch.testing.assert_close(ours, other, rtol=slack, atol=slack)
+    elif REHEARSAL and backend == "triton":
         torch.testing.assert_close(ours, other)
     else:
         assert torch.equal(ours, other), what
 
 
-@pytest.mark.parametrize(("kind", "cell", "hidden", "dtype"), REPEATED)
-def test_deterministic(kind, cell, hidden, dtype):
+@repeated(*KEEPING_BITS, (*BITS_BY_BATCH, 256, torch.float32))
+def test_deterministic(backend, kind, hidden, dtype, cell):
     """Outputs and every gradient, twice."""
     case = case_of(cell, dtype=dtype, hidden=hidden, rows=50, steps=30, inputs=64, **FLAGS)
-    with forced(kind):
-        first = testing.evaluate(case, BACKEND, DEVICE)
-        second = testing.evaluate(case, BACKEND, DEVICE)
+    with forced(backend, kind):
+        first = testing.evaluate(case, backend, DEVICE)
+        second = testing.evaluate(case, backend, DEVICE)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
 
 
-def rows_of(case: Case, tensors: dict, rows: list[int]) -> dict:
+def rows_of(case: Case, tensors: dict, rows: list[int], backend: str) -> dict:
     """Outputs and input gradients of some rows of a case, computed without the others."""
     given = {
         name: value.to(case.dtype) if value is not None and value.is_floating_point() else value
@@ -245,32 +303,32 @@ def rows_of(case: Case, tensors: dict, rows: list[int]) -> dict:
             given[name] = given[name][:, rows]
     given["lengths"] = given["lengths"][rows]
     given["input"] = given["input"].detach().requires_grad_()
-    y, *states = testing.run(case, given, BACKEND)
+    y, *states = testing.run(case, given, backend)
     states = states[:2] if case.cell == "lstm" else states[:1]
     (dx,) = torch.autograd.grad(y, given["input"], given["dy"])
     results = {"y": y, "dx": dx} | dict(zip(("h_n", "c_n"), states, strict=False))
     return {name: value.detach() for name, value in results.items()}
 
 
-@pytest.mark.parametrize(("kind", "cell", "hidden", "dtype"), REPEATED)
-def test_a_row_does_not_depend_on_its_batch(kind, cell, hidden, dtype):
+@repeated(*KEEPING_BITS)
+def test_a_row_does_not_depend_on_its_batch(backend, kind, hidden, dtype, cell):
     """A row alone, or among any others and in any place, has the same bits."""
     case = case_of(cell, dtype=dtype, hidden=hidden, rows=70, steps=20, inputs=64, **FLAGS)
     tensors = testing.make_inputs(case, DEVICE)
     every = list(range(case.rows))
-    with forced(kind):
-        whole = rows_of(case, tensors, every)
+    with forced(backend, kind):
+        whole = rows_of(case, tensors, every, backend)
         for rows in ([0], every[-1:], every[: case.rows // 2], every[::-1]):
-            for name, part in rows_of(case, tensors, rows).items():
-                assert_same(whole[name][:, rows], part, name)
+            for name, part in rows_of(case, tensors, rows, backend).items():
+                assert_same(backend, kind, whole[name][:, rows], part, name)
 
 
 # Long sequences and large tensors.
 
 
-@pytest.mark.parametrize("kind", ("block", "step"))
+@every_kind("block", "step")
 @pytest.mark.parametrize("cell", ("lstm", "gru"))
-def test_long_sequence(cell, kind):
+def test_long_sequence(cell, backend, kind):
     """More steps than a grid has blocks along one axis, against the same in pieces that hand on
     their state forwards and its gradient backwards."""
     steps, piece = size(70_000, 8), size(17_500, 4)
@@ -291,14 +349,14 @@ def test_long_sequence(cell, kind):
         for name, value in zip(states, initial, strict=True):
             leaves[name] = value.detach().clone().requires_grad_()
         part = dataclasses.replace(case, steps=last - first)
-        return leaves, testing.run(part, tensors | leaves, BACKEND)
+        return leaves, testing.run(part, tensors | leaves, backend)
 
     def backward(leaves, outputs, cotangents):
         found = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
         return dict(zip(leaves, found, strict=True))
 
     last = [tensors[f"d{name}"] for name in ("h_n", "c_n")][: len(states)]
-    with forced(kind), fp32_precision("ieee"):
+    with forced(backend, kind), fp32_precision("ieee"):
         leaves, whole = forward(0, steps, [tensors[name] for name in states])
         grads = backward(leaves, whole, (tensors["dy"], *last))
         parts, state = [], [tensors[name] for name in states]
@@ -307,7 +365,7 @@ def test_long_sequence(cell, kind):
             state = parts[-1][1][1:]
         pieces = [torch.cat([outputs[0] for _, outputs in parts]), *state]
         for ours, theirs in zip(whole, pieces, strict=True):
-            assert_same(ours, theirs)
+            assert_same(backend, kind, ours, theirs)
         sums = {name: torch.zeros_like(tensors[name], dtype=torch.float64) for name in weights}
         handed = last
         for number, (leaves, outputs) in reversed(list(enumerate(parts))):
@@ -328,9 +386,9 @@ def assert_near(got, wanted, slack):
     assert float(difference) <= slack * float(wanted.double().norm())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind()
 @pytest.mark.parametrize("cell", ("lstm", "gru"))
-def test_a_tensor_of_more_than_2_31_elements(cell, kind):
+def test_a_tensor_of_more_than_2_31_elements(cell, backend, kind):
     """The last rows, whose offsets do not fit 32 bits, against a run of those rows alone."""
     hidden, rows, steps = size(64, 16), size(16_384, 20), size(700, 2)
     width = {"lstm": 4, "gru": 3}[cell] * hidden
@@ -349,16 +407,16 @@ def test_a_tensor_of_more_than_2_31_elements(cell, kind):
     def run(chosen):
         x = gates_x[:, chosen]
         hx = (h0[chosen], c0[chosen]) if cell == "lstm" else h0[chosen]
-        y, state = getattr(fused_rnn, cell)(x, hx, None, w_hh, backend=BACKEND)
+        y, state = getattr(fused_rnn, cell)(x, hx, None, w_hh, backend=backend)
         return y, *(state if cell == "lstm" else (state,))
 
-    with forced(kind), torch.inference_mode():
+    with forced(backend, kind), torch.inference_mode():
         whole = run(slice(None))
         for chosen in (slice(0, 3), slice(rows - 19, None)):
             y, *state = run(chosen)
-            assert_same(whole[0][:, chosen], y)
+            assert_same(backend, kind, whole[0][:, chosen], y)
             for ours, alone in zip(whole[1:], state, strict=True):
-                assert_same(ours[chosen], alone)
+                assert_same(backend, kind, ours[chosen], alone)
 
 
 # CUDA graphs, streams, devices, synchronisation. In a rehearsal a graph is the function itself, a
@@ -429,7 +487,7 @@ def capture(function):
 @pytest.mark.parametrize("call", [infer, train])
 @pytest.mark.parametrize("cell", ("lstm", "gru", "rnn"))
 @pytest.mark.parametrize("hidden", (64, 256))
-def test_cuda_graph(hidden, cell, call, flags):
+def test_captured_graph(hidden, cell, call, flags, backend):
     """A captured call gives the bits of an eager one, on other values than it was captured with."""
     module = module_of(cell, hidden, torch.bfloat16)
     x, dy = input_of(module)
@@ -437,7 +495,7 @@ def test_cuda_graph(hidden, cell, call, flags):
     if flags:
         given["lengths"] = torch.randint(0, x.shape[0] + 1, x.shape[1:2], device=DEVICE)
         given["reset"] = torch.rand(x.shape[:2], device=DEVICE) < 0.2
-    with fused_rnn.use_backend(BACKEND):
+    with fused_rnn.use_backend(backend):
         outputs, replay = capture(lambda: call(module, x, dy, **given))
         for seed in range(2, size(4, 3)):
             new_x, new_dy = input_of(module, seed=seed)
@@ -451,11 +509,11 @@ def test_cuda_graph(hidden, cell, call, flags):
 
 @pytest.mark.parametrize("call", [infer, train])
 @pytest.mark.parametrize("hidden", (64, 256))
-def test_two_streams(hidden, call):
+def test_two_streams(hidden, call, backend):
     """Calls on two streams at once give what each gives alone."""
     modules = [module_of("lstm", hidden), module_of("gru", hidden)]
     inputs = [input_of(module, steps=200) for module in modules]
-    with fused_rnn.use_backend(BACKEND):
+    with fused_rnn.use_backend(backend):
         alone = [call(module, *given) for module, given in zip(modules, inputs, strict=True)]
         if DEVICE == "cuda":
             streams = [torch.cuda.Stream() for _ in modules]
@@ -477,16 +535,134 @@ def test_two_streams(hidden, call):
                 assert torch.equal(ours, other)
 
 
-def test_another_device_than_the_current_one():
+def delayed(stream, copies) -> None:
+    """Copies (to, from) on a stream, after it has been kept waiting."""
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # cycles: some 30 ms
+        for to, source in copies:
+            to.copy_(source, non_blocking=True)
+
+
+@pytest.mark.parametrize("outside", BOTH, ids=["backward_inside", "backward_outside"])
+@pytest.mark.parametrize("hidden", (64, 256))
+@pytest.mark.parametrize("cell", ("lstm", "gru", "rnn"))
+def test_kernels_go_to_the_current_stream(cell, hidden, outside, backend):
+    """Forward and backward read what has just been written on a stream that is current but not the
+    default one; also where backward is called when another is current."""
+    module = module_of(cell, hidden)
+    x, dy = input_of(module)
+    late_x, late_dy = torch.zeros_like(x).requires_grad_(), torch.zeros_like(dy)
+    leaves = [late_x, *module.parameters()]
+    with fused_rnn.use_backend(backend):
+        wanted = train(module, x, dy)
+        if DEVICE == "cuda":
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            delayed(stream, [(late_x.detach(), x), (late_dy, dy)])
+            context = torch.cuda.stream(stream)
+        else:
+            late_x.detach().copy_(x)
+            late_dy.copy_(dy)
+            context = contextlib.nullcontext()
+        with context:
+            y, state = module(late_x)
+            if not outside:
+                grads = torch.autograd.grad(y, leaves, late_dy)
+        if outside:
+            grads = torch.autograd.grad(y, leaves, dy)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    found = [y.detach(), *(s.detach() for s in flat(state)), *grads]
+    for ours, other in zip(found, wanted, strict=True):
+        assert torch.equal(ours, other)
+
+
+@pytest.mark.parametrize("own_stream", BOTH, ids=["default_stream", "own_stream"])
+@pytest.mark.parametrize("hidden", (64, 256))
+def test_another_device_than_the_current_one(hidden, own_stream, backend):
     if DEVICE != "cuda" or torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     results = []
-    for device in ("cuda:0", "cuda:1"):  # the current device is the first
-        module = module_of("lstm", 64, device=device)
-        with fused_rnn.use_backend(BACKEND):
-            results.append(train(module, *input_of(module)))
+    for device in ("cuda:0", "cuda:1"):
+        module = module_of("lstm", hidden, device=device)
+        given = input_of(module)
+        stream = torch.cuda.Stream(device) if own_stream else torch.cuda.default_stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with (
+            torch.cuda.stream(stream),  # current on its device,
+            torch.cuda.device("cuda:0"),  # while the current device is the first
+            fused_rnn.use_backend(backend),
+        ):
+            results.append(train(module, *given))
+        torch.cuda.synchronize(device)
     for first, second in zip(*results, strict=True):
         torch.testing.assert_close(second.to(first.device), first)
+
+
+# The CUDA library's own operators, which fused_rnn.cuda calls with a kernel and a stream.
+
+cuda_only = pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+
+
+def lstm_arguments(hidden):
+    """Those of a bfloat16 scan of three steps and nine rows, up to the kernel."""
+    generator = torch.Generator().manual_seed(2)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).bfloat16().to(DEVICE)
+
+    state = normal(1, 9, hidden), normal(1, 9, hidden)
+    w_hh = normal(1, 4 * hidden, hidden) * hidden**-0.5
+    return normal(3, 9, 1, 4 * hidden), w_hh, None, *state, None, [False]
+
+
+def lstm_scan(arguments, kernel, stream=0):
+    """y, h_n and c_n by the kernel 0 (steps) or 1 (a block scan)."""
+    return torch.ops.fused_rnn.cuda_scan_lstm_inference(*arguments, kernel, 0, stream)
+
+
+@cuda_only
+def test_a_block_scan_goes_to_the_stream_it_is_given(backend):
+    gates_x, *others = lstm_arguments(size(64, 9))
+    wanted = lstm_scan((gates_x, *others), 1)
+    late, stream = torch.zeros_like(gates_x), 0
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+        side = torch.cuda.Stream()
+        delayed(side, [(late, gates_x)])
+        stream = side.cuda_stream
+    else:
+        late.copy_(gates_x)
+    found = lstm_scan((late, *others), 1, stream)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    for ours, other in zip(found, wanted, strict=True):
+        assert torch.equal(ours, other)
+
+
+@cuda_only
+@pytest.mark.parametrize("what", ("no_block_scan", "no_shared_memory"))
+def test_a_refused_launch_spoils_nothing(what, backend):
+    """It is a RuntimeError, and later calls give what earlier ones gave."""
+    hidden, message = 300, "there is no block scan for H = 300"
+    if what == "no_shared_memory":
+        hidden, message = 192, "does not have the shared memory"
+        if DEVICE != "cuda":
+            pytest.skip("an emulated block has as much shared memory as it asks for")
+        block = planning.block_kernel(plan.Shape("lstm", 1, 8, hidden, torch.bfloat16))
+        if block.shared <= plan.device_of(torch.cuda.current_device()).shared:
+            pytest.skip("this GPU has shared memory for every block scan")
+    small, large = lstm_arguments(16), lstm_arguments(hidden)
+    before = [lstm_scan(small, kernel) for kernel in (0, 1)]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=message):
+            lstm_scan(large, 1)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        after = [lstm_scan(small, kernel) for kernel in (0, 1)]
+        for ours, other in zip(sum(after, ()), sum(before, ()), strict=True):
+            assert torch.equal(ours, other)
+    assert lstm_scan(large, 0)[0].isfinite().all(), "the step path takes any size"
 
 
 @contextlib.contextmanager
@@ -503,15 +679,16 @@ def no_synchronisation():
 
 
 @pytest.mark.parametrize("tape", ("keep", "recompute"))
+@pytest.mark.parametrize("hidden", (64, 256))
 @pytest.mark.parametrize("cell", ("lstm", "gru", "rnn"))
-def test_no_host_synchronisation(cell, tape):
+def test_no_host_synchronisation(cell, hidden, tape, backend):
     """Forward and backward with lengths and resets on the device wait for nothing."""
-    module = module_of(cell, 64)
+    module = module_of(cell, hidden)
     module.tape = tape
     x, dy = input_of(module)
     lengths = torch.randint(0, x.shape[0] + 1, x.shape[1:2], device=DEVICE)
     reset = torch.rand(x.shape[:2], device=DEVICE) < 0.2
-    with fused_rnn.use_backend(BACKEND):
+    with fused_rnn.use_backend(backend):
         wanted = train(module, x, dy, lengths=lengths, reset=reset)  # compiles
         with no_synchronisation():
             found = train(module, x, dy, lengths=lengths, reset=reset)
@@ -521,14 +698,14 @@ def test_no_host_synchronisation(cell, tape):
 
 @pytest.mark.parametrize("compiler", ("aot_eager", "inductor"))
 @pytest.mark.parametrize("cell", ("lstm", "gru", "rnn"))
-def test_compiled_without_a_graph_break(cell, compiler):
+def test_compiled_without_a_graph_break(cell, compiler, backend):
     if REHEARSAL and compiler == "inductor":
         pytest.skip("tests/test_compile.py has it on a CPU")
     torch._dynamo.reset()
     module = module_of(cell, 64)
     x, dy = input_of(module)
     lengths = torch.randint(0, x.shape[0] + 1, x.shape[1:2], device=DEVICE)
-    with fused_rnn.use_backend(BACKEND):
+    with fused_rnn.use_backend(backend):
         wanted = train(module, x, dy, lengths=lengths)
         compiled = torch.compile(module, fullgraph=True, backend=compiler)
         leaf = x.detach().requires_grad_()

@@ -1,5 +1,6 @@
 """benchmarks/gpu_check.sh and what it runs, as far as that shows without a GPU and in seconds."""
 
+import itertools
 import json
 import os
 import re
@@ -9,12 +10,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import UNDER_TEST
+
+import fused_rnn
+from fused_rnn.plan import DEVICES
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu_check.sh"
 sys.path.append(str(ROOT))  # after everything else: an installed fused_rnn stays in front
 
-from benchmarks import gpu_profile, launch_cost, machine  # noqa: E402
+from benchmarks import gpu_profile, launch_cost, machine, sanitize  # noqa: E402
 from benchmarks.cases import CASES  # noqa: E402
 
 bash = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
@@ -63,9 +69,12 @@ def test_every_test_is_in_one_group():
     groups = re.search(r"^TESTS=\(\n(.*?)^\)", text, re.M | re.S)[1]
     expressions = [line.strip().strip('"').partition(":")[2] for line in groups.splitlines()]
     assert len(expressions) > 3
+    backends = ("triton", "cuda", "neither")
     cells = ("lstm", "lstm-proj", "gru", "gru-before", "rnn-tanh", "none")
     tests = ("numerics", "every_kind", "deterministic", "a_batch", "anything", "kind_numerics")
-    for name in (f"test_{test}[{cell}]" for test in tests for cell in cells):
+    tests += ("2_31", "2_31_numerics", "every_kind_2_31")
+    for test, backend, cell in itertools.product(tests, backends, cells):
+        name = f"test_{test}[{backend}-{cell}]"
         words = (re.sub(r"[\w-]+", lambda m, n=name: _word(m[0], n), e) for e in expressions)
         assert sum(eval(words_) for words_ in words) == 1, name
 
@@ -119,21 +128,88 @@ def test_profile_names_what_ran(tmp_path):
     assert gpu_profile.main(["--device", "cpu", "--providers", "nobody"]) == 2
 
 
+@pytest.fixture
+def cuda_device():
+    """Where the CUDA backend runs here."""
+    reason = fused_rnn.available_backends()["cuda"]
+    if reason is not None:
+        pytest.skip(reason)
+    return UNDER_TEST["cuda"]
+
+
+def test_sanitize_runs_every_kernel(cuda_device, capsys):
+    sizes = ["-T", "1", "-B", "2", "-H", "23"]
+    assert sanitize.main(["--device", cuda_device, *sizes]) == 0
+    out, err = capsys.readouterr()
+    assert out == "sanitize: 44 scans forward and back, 0 wrong results\n"
+    for words in ("block lstm H23 float32 tf32x3", "block rnn-relu H23 float16",
+                  "step lstm-proj7 H23 bfloat16", "step gru-before H23 float64"):  # fmt: skip
+        assert words in err, words
+    assert sanitize.main(["--device", cuda_device, "--kernels", "block", *sizes]) == 0
+    assert capsys.readouterr().out == "sanitize: 20 scans forward and back, 0 wrong results\n"
+
+
+def test_sanitize_has_block_scans_of_every_size():
+    """For a GPU with shared memory for all of them: whatever fits, both ways, is run."""
+    scans = list(sanitize.scans(sanitize.HIDDEN, ["block"], DEVICES["H200"]))
+    assert {scan.hidden for scan in scans} == set(sanitize.HIDDEN)
+    for cell in ("lstm", "gru", "rnn"):
+        for dtype in (torch.bfloat16, torch.float16):
+            found = {scan.hidden for scan in scans if (scan.cell, scan.dtype) == (cell, dtype)}
+            assert found == set(sanitize.HIDDEN), (cell, dtype)
+        precisions = {scan.precision for scan in scans if scan.cell == cell}
+        assert precisions == {"ieee", "tf32", "tf32x3"}
+
+
+def test_sanitize_sees_a_wrong_result(cuda_device, monkeypatch, capsys):
+    right = sanitize.found
+
+    def wrong(*args):
+        results = right(*args)
+        results["dh0"][0, 0, 0] = float("nan")
+        return results
+
+    monkeypatch.setattr(sanitize, "found", wrong)
+    sizes = ["-T", "1", "-B", "1", "-H", "4", "--kernels", "step"]
+    assert sanitize.main(["--device", cuda_device, *sizes]) == 1
+    out, err = capsys.readouterr()
+    assert "24 wrong results" in out and "FAULT step lstm H4 float64: dh0 is off by nan" in err
+
+
+def test_sanitize_wants_a_library_for_its_device(capsys, monkeypatch):
+    monkeypatch.setattr(sanitize.library, "why_unavailable", lambda: "it is not there")
+    assert sanitize.main([]) == 2
+    assert capsys.readouterr().err == "error: --device cuda: it is not there\n"
+    monkeypatch.setattr(sanitize.library, "why_unavailable", lambda: None)
+    monkeypatch.setattr(sanitize.library, "is_emulated", lambda: True)
+    assert sanitize.main([]) == 2
+    assert "the library is an emulated one" in capsys.readouterr().err
+    assert sanitize.main(["--kernels", "block,blocks"]) == 2
+    assert capsys.readouterr().err == "error: no kernels blocks\n"
+
+
 def test_kernel_hash(tmp_path):
     """It is the same every time, and changes with the content and the name of every source."""
     copy = tmp_path / "copy"
-    shutil.copytree(ROOT / "fused_rnn" / "triton", copy / "fused_rnn" / "triton")
-    plan = shutil.copy(ROOT / "fused_rnn" / "plan.py", copy / "fused_rnn" / "plan.py")
+    for folder in machine.KERNELS:
+        shutil.copytree(ROOT / folder, copy / folder)
+    shutil.copy(ROOT / "fused_rnn" / "plan.py", copy / "fused_rnn" / "plan.py")
     assert machine.kernel_hash(copy) == machine.kernel_hash() == machine.kernel_hash(ROOT)
-    seen = {machine.kernel_hash(copy)}
+    seen = [machine.kernel_hash(copy)]
     (copy / "fused_rnn" / "triton" / "notes.txt").write_text("no kernel")
     (copy / "fused_rnn" / "other.py").write_text("no kernel")
+    (copy / "csrc" / "cpu").mkdir()
+    (copy / "csrc" / "cpu" / "scan.inl").write_text("no kernel of a GPU")
     assert machine.kernel_hash(copy) in seen
+    sources = ("plan.py", "triton/block.py", "cuda/planning.py", "cuda/operators.py")
+    sources = [f"fused_rnn/{name}" for name in sources]
+    sources += [f"csrc/cuda/{name}" for name in ("block_scan.cu", "operators.cpp", "rows.cuh")]
+    sources += ["csrc/cuda/steps.h", "csrc/math/gates.h", "csrc/waist/operators.h"]
+    for path in (copy / name for name in sources):
+        path.write_text(path.read_text() + "\n")
+        seen.append(machine.kernel_hash(copy))
     block = copy / "fused_rnn" / "triton" / "block.py"
-    for path in (Path(plan), block):
-        path.write_text(path.read_text() + "#\n")
-        seen.add(machine.kernel_hash(copy))
     block.rename(block.with_name("blocks.py"))
-    seen.add(machine.kernel_hash(copy))
-    assert len(seen) == 4
+    seen.append(machine.kernel_hash(copy))
+    assert len(set(seen)) == len(seen) == len(sources) + 2
     assert machine.describe("cpu")["kernel_hash"] == machine.kernel_hash()
