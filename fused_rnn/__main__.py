@@ -74,10 +74,10 @@ def _progress(done: int, total: int, label: str) -> None:
 
 
 def device_for(backend: str) -> str:
-    """Where `verify` runs a backend: the Triton kernels on a GPU where there is one and they are
-    not interpreted, all else on the CPU."""
+    """Where `verify` runs a backend: the GPU kernels on a GPU where there is one and they are
+    neither emulated nor interpreted, all else on the CPU."""
     request = backends.Request("lstm", "cuda", torch.float32)
-    on_gpu = backend == "triton" and torch.cuda.is_available()
+    on_gpu = backend in ("cuda", "triton") and torch.cuda.is_available()
     return "cuda" if on_gpu and backends.why_not(backend, request) is None else "cpu"
 
 
@@ -167,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument(
         "--device",
         choices=("cpu", "cuda"),
-        help="where to run; default: the triton backend on a GPU where there is one, else the CPU",
+        help="where to run; default: cuda and triton on a GPU where there is one, all else on the CPU",
     )
     command.add_argument(
         "--every", type=int, default=1, metavar="N", help="only every N-th case of the grid"

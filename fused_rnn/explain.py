@@ -37,6 +37,7 @@ def explain(
     >>> print(explain("lstm", backend="reference"))
     lstm on cpu, float32: reference (chosen by name)
       cpu: not asked for
+      cuda: ...
       triton: ...
       torch: not asked for
     """

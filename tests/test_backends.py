@@ -19,8 +19,8 @@ def test_use_backend_sets_and_restores():
     setter = fused_rnn.use_backend("torch")
     assert fused_rnn.current_backend() == "torch"
     setter.__exit__()
-    with pytest.raises(ValueError, match="name must be one of .* got 'cuda'"):
-        fused_rnn.use_backend("cuda")
+    with pytest.raises(ValueError, match="name must be one of .* got 'cudnn'"):
+        fused_rnn.use_backend("cudnn")
     assert fused_rnn.current_backend() == "auto"
 
 
@@ -92,7 +92,7 @@ def test_verify(capsys, monkeypatch):
     monkeypatch.setattr(command, "grid", lambda dtypes: full(dtypes)[:6])
     assert command.main(["verify", "--backend", "cpu", "--dtype", "float32"]) == 0
     assert "all results hold" in capsys.readouterr().out
-    assert command.main(["verify", "--backend", "cuda"]) == 2
+    assert command.main(["verify", "--backend", "cudnn"]) == 2
     assert "no such backend" in capsys.readouterr().err
 
 

@@ -83,6 +83,7 @@ def test_an_explicit_backend_that_is_missing_raises_with_the_remedy():
         print(error)
     """,
         TRITON_INTERPRET="0",
+        FUSED_RNN_CUDA_LIBRARY="",
     )
     assert status == 0, err
     assert out.count("pip install --no-build-isolation") == 2
