@@ -167,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument(
         "--device",
         choices=("cpu", "cuda"),
-        help="where to run; default: cuda and triton on a GPU where there is one, all else on the CPU",
+        help="where to run; default: cuda and triton on a GPU where one is, the others on the CPU",
     )
     command.add_argument(
         "--every", type=int, default=1, metavar="N", help="only every N-th case of the grid"
