@@ -15,7 +15,7 @@ struct Size {
   int max_units, held;
 };
 struct Sizes {
-  Size of[3];
+  Size of[4];
   int count;
 };
 constexpr Sizes sizes_of(Cell cell, Product product, bool backward) {
@@ -27,17 +27,17 @@ constexpr Sizes sizes_of(Cell cell, Product product, bool backward) {
         return backward ? Sizes{{{64, 2}, {112, 2}}, 2} : Sizes{{{64, 4}, {128, 4}}, 2};
       }
       if (wide) return {{{64, 8}, {128, backward ? 6 : 8}}, 2};
-      return backward ? Sizes{{{64, 4}, {128, 7}, {176, 2}}, 3}
+      return backward ? Sizes{{{64, 4}, {128, product == Product::kF16 ? 6 : 7}, {176, 2}}, 3}
                       : Sizes{{{64, 4}, {128, 8}, {192, 3}}, 3};
     case Cell::kGru:
       if (ieee) return {{{112, 0}}, 1};
       if (wide) return {{{64, backward ? 6 : 8}, {128, backward ? 7 : 8}}, 2};
       return backward ? Sizes{{{64, 4}, {128, 8}, {192, 5}}, 3}
-                      : Sizes{{{64, 4}, {128, 8}, {208, 3}}, 3};
+                      : Sizes{{{64, 4}, {128, 8}, {192, 7}, {208, 2}}, 4};
     default:
       if (ieee) return {{{192, 0}}, 1};
       if (wide) return {{{64, 8}, {192, 20}}, 2};
-      return {{{64, 4}, {128, 8}, {256, 12}}, 3};
+      return {{{64, 4}, {128, 8}, {256, backward ? 12 : 10}}, 3};
   }
 }
 

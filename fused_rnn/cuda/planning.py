@@ -67,10 +67,13 @@ def _sizes(cell: str, product: str, backward: bool) -> tuple[tuple[int, int], ..
         return (({"lstm": 96, "gru": 112, "rnn": 192}[cell], 0),)
     half = product in ("bfloat16", "float16")
     if half and cell == "lstm":
-        return ((64, 4), (128, 7), (176, 2)) if backward else ((64, 4), (128, 8), (192, 3))
+        if backward:
+            return ((64, 4), (128, 6 if product == "float16" else 7), (176, 2))
+        return ((64, 4), (128, 8), (192, 3))
+    if half and cell == "gru":
+        return ((64, 4), (128, 8), *(((192, 5),) if backward else ((192, 7), (208, 2))))
     if half:
-        third = {"gru": (192, 5) if backward else (208, 3), "rnn": (256, 12)}[cell]
-        return ((64, 4), (128, 8), third)
+        return ((64, 4), (128, 8), (256, 12 if backward else 10))
     if cell == "lstm":
         if product == "tf32x3":
             return ((64, 2), (112, 2)) if backward else ((64, 4), (128, 4))
