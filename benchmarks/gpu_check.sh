@@ -13,8 +13,9 @@ here; where compute-sanitizer is, it runs that. Leaves in FOLDER a log of every 
 (NN_stage.log), the tests as JUnit XML, the benchmark's tables (bench_DTYPE/), the launch costs, the
 names of the kernels that ran, and summary.txt.
 
-  --rehearse   the same on a CPU, kernels interpreted, at tiny sizes: for errors in typing only. The
-               CUDA backend takes part emulated, where FUSED_RNN_CUDA_LIBRARY names such a library
+  --rehearse   the same on a CPU, kernels interpreted or emulated, at tiny sizes: for errors in
+               typing only. FUSED_RNN_CUDA_LIBRARY may name the emulated library, which is else
+               built by what the tests need (ninja, pybind11, g++), or left out where that fails
 
 exit status: 0; 1 where a stage failed or ran out of its time; 2 where the arguments make no sense
 TEXT
@@ -50,7 +51,7 @@ export TRITON_CACHE_DIR=$WORK/triton # one for all stages: what one compiles ser
 unset FUSED_RNN_BACKEND FUSED_RNN_FP32_PRECISION
 
 TOTAL=470 # seconds for everything; a stage gets its own limit or what is left
-CHECKS=160 # seconds for all that runs side by side
+BUILD=130 CHECKS=160 # of these for compilation, and for all that runs side by side
 DEVICE=cuda EVERY=5 BENCH_BUDGET=0.3
 # Every test marked gpu is in one of these, whatever it is called: name, then a -k expression. (The
 # tensors of gigabytes are all in one, for there is not the memory for two at a time.)
@@ -71,7 +72,7 @@ SIZES=() QUICK=() PROFILE=() SANITIZE=()
 SELECTION=(gpu streaming online reinforcement_learning tagging time_series language_model)
 SELECTION+=(ragged speech)
 if [ $REHEARSE = 1 ]; then
-    CHECKS=320 DEVICE=cpu EVERY=37 BENCH_BUDGET=0
+    BUILD=200 CHECKS=320 DEVICE=cpu EVERY=37 BENCH_BUDGET=0
     SELECTION=(gpu/ragged_h128 gpu/resets_h128)
     SIZES=(-T 2 -B 2 -I 16 -H 16) QUICK=(--quick) PROFILE=(--shapes 2 -T 2 -B 2 -H 16)
     CUDA_FILE=(-k "kernels_agree or refuse or says_what") SANITIZE=(-T 1 -B 2 -H 23)
@@ -151,6 +152,12 @@ print(";".join(names))') || return
     echo "TORCH_CUDA_ARCH_LIST=$TORCH_CUDA_ARCH_LIST"
     FUSED_RNN_CUDA=1 "$PYTHON" setup.py -q build_ext --inplace
 }
+emulator() { # writes the path of the emulated library to a file
+    if [ -z "${FUSED_RNN_CUDA_LIBRARY:-}" ]; then
+        PYTHONPATH=tests "$PYTHON" -c 'import emulation
+print(emulation.build_cuda_library())' >"$WORK/emulated" || return 77
+    fi
+}
 why_no_cuda() { # a line that says why the CUDA backend is not available, or nothing
     "$PYTHON" -c 'import fused_rnn
 print(fused_rnn.available_backends()["cuda"] or "")'
@@ -217,9 +224,9 @@ benchmark() { # DTYPE LIMIT
         --out "$OUT/bench_$1"
 }
 # `timeout` runs programs, not functions: the functions above are run by a shell of their own.
-export -f environment has_nvcc build run_pytest tests cuda_file verify find_sanitizer sanitize
+export -f environment has_nvcc build emulator run_pytest tests cuda_file verify find_sanitizer sanitize
 export -f benchmark
-export PYTHON OUT DEVICE REHEARSE EVERY BENCH_BUDGET
+export PYTHON OUT WORK DEVICE REHEARSE EVERY BENCH_BUDGET
 in_shell() { # FUNCTION ARGUMENTS...: as a command for `stage`
     local arrays
     arrays=$(declare -p SELECTION SIZES CUDA_FILE SANITIZE)
@@ -232,7 +239,13 @@ stage "$NAME" 40 "${COMMAND[@]}"
 
 next build
 in_shell build
-stage "$NAME" 130 "${COMMAND[@]}"
+stage "$NAME" $BUILD "${COMMAND[@]}"
+if [ $REHEARSE = 1 ]; then # once, before all the tests would do so at the same time
+    next emulator
+    in_shell emulator
+    stage "$NAME" $BUILD "${COMMAND[@]}"
+    if [ -s "$WORK/emulated" ]; then export FUSED_RNN_CUDA_LIBRARY=$(<"$WORK/emulated"); fi
+fi
 
 # Without nvcc, and in a rehearsal without an emulated library, there is no CUDA backend and nothing
 # to complain of. Anything else that is wrong with it will show where it is asked for.
