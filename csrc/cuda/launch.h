@@ -10,7 +10,8 @@
 
 namespace fused_rnn::cuda {
 
-// Makes a GPU, by torch's index, the one that this library's CUDA runtime launches on.
+// Makes a GPU, by torch's index, the one that this library's CUDA runtime launches on: the current
+// one already as torch sees it (fused_rnn/cuda sees to that), or torch's would change with it.
 void use_device(int index);
 // Whether the library has code for a GPU.
 bool has_code_for(int index);

@@ -65,4 +65,5 @@ def is_emulated() -> bool:
 @functools.lru_cache
 def has_code_for(index: int) -> bool:
     """Whether the library that is loaded has code for a GPU, by torch's index."""
-    return bool(torch.ops.fused_rnn.cuda_has_code_for(index))
+    with torch.cuda.device(index):  # the library makes it the current one
+        return bool(torch.ops.fused_rnn.cuda_has_code_for(index))
