@@ -24,6 +24,12 @@ BLOCK_CELLS = ("lstm", "gru", "rnn", "rnn-relu")
 HALVES = (torch.bfloat16, torch.float16)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def loaded():
+    """The library's own operators are there."""
+    assert library.why_unavailable() is None
+
+
 def by_steps(monkeypatch):
     """Every scan from now on by the step path."""
     monkeypatch.setattr(planning, "choose", lambda device, shape: planning.Step())
@@ -304,6 +310,24 @@ def test_block_scans_refuse_what_they_cannot_take():
 def test_the_step_path_takes_any_size():
     for outputs in (scan(kernel=0, hidden=97), scan(kernel=0, dtype=torch.float64)):
         assert outputs[0].shape[:3] == (2, 1, 1)
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_compiled_without_a_graph_break(cell):
+    """The choice of a backend asks the library, which the compiler cannot trace."""
+    torch._dynamo.reset()
+    module = getattr(fused_rnn, cell)(3, 5, 2, bidirectional=True).to(DEVICE)
+    x = torch.randn(4, 2, 3, device=DEVICE, requires_grad=True)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with fused_rnn.use_backend("cuda"):
+        wanted, got = module(x)[0], compiled(x)[0]
+    assert torch.equal(got, wanted)
+    for ours, theirs in zip(
+        torch.autograd.grad(got.sum(), [x, *module.parameters()]),
+        torch.autograd.grad(wanted.sum(), [x, *module.parameters()]),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_the_library_says_what_it_is():

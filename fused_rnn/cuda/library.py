@@ -4,7 +4,6 @@ FUSED_RNN_CUDA_LIBRARY names another file than the package's own: the tests' emu
 kernels run on CPU tensors.
 """
 
-import functools
 import os
 from pathlib import Path
 
@@ -47,7 +46,6 @@ def _load() -> str | None:
     return None
 
 
-@functools.lru_cache
 def _open(file: Path) -> str | None:
     try:
         torch.ops.load_library(str(file))
@@ -56,14 +54,25 @@ def _open(file: Path) -> str | None:
     return None
 
 
-@functools.lru_cache
+_facts: dict[object, bool] = {}  # of the library that is loaded
+
+
 def is_emulated() -> bool:
     """Whether the library that is loaded runs its kernels on the CPU."""
-    return bool(torch.ops.fused_rnn.cuda_is_emulated())
+    if "emulated" not in _facts:
+        _facts["emulated"] = bool(torch.ops.fused_rnn.cuda_is_emulated())
+    return _facts["emulated"]
 
 
-@functools.lru_cache
 def has_code_for(index: int) -> bool:
     """Whether the library that is loaded has code for a GPU, by torch's index."""
-    with torch.cuda.device(index):  # the library makes it the current one
-        return bool(torch.ops.fused_rnn.cuda_has_code_for(index))
+    if index not in _facts:
+        with torch.cuda.device(index):  # the library makes it the current one
+            _facts[index] = bool(torch.ops.fused_rnn.cuda_has_code_for(index))
+    return _facts[index]
+
+
+# Under torch.compile these are asked once, outside the graph, and their answers are constants of
+# it: what torch.compiler.assume_constant_result says, without importing the compiler.
+for _function in (why_unavailable, is_emulated, has_code_for):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
