@@ -224,8 +224,8 @@ benchmark() { # DTYPE LIMIT
         --out "$OUT/bench_$1"
 }
 # `timeout` runs programs, not functions: the functions above are run by a shell of their own.
-export -f environment has_nvcc build emulator run_pytest tests cuda_file verify find_sanitizer sanitize
-export -f benchmark
+export -f environment has_nvcc build emulator run_pytest tests cuda_file verify
+export -f find_sanitizer sanitize benchmark
 export PYTHON OUT WORK DEVICE REHEARSE EVERY BENCH_BUDGET
 in_shell() { # FUNCTION ARGUMENTS...: as a command for `stage`
     local arrays
