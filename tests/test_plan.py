@@ -167,6 +167,7 @@ def gpu(request, monkeypatch):
     reason = None if request.param else "there is no libfused_rnn_cuda.so"
     monkeypatch.setattr(library, "why_unavailable", lambda: reason)
     monkeypatch.setattr(library, "is_emulated", lambda: False)
+    monkeypatch.setattr(library, "has_code_for", lambda index: True)
     return request.param
 
 
@@ -191,6 +192,16 @@ def test_the_automatic_choice_on_a_gpu(dtype, gpu, monkeypatch):
         with fp32_precision("tf32x3"):
             assert choose(2048) == "triton"  # torch.nn's path would not follow
             assert choose(64) == ("cuda" if gpu else "triton")
+
+
+def test_a_gpu_the_library_has_no_code_for(gpu, monkeypatch):
+    """It is left to the other backends, and the reason is given with the remedy."""
+    monkeypatch.setattr(library, "has_code_for", lambda index: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (12, 1))
+    text = explain(torch.nn.LSTM(8, 64), device="cuda")
+    assert text.startswith("lstm on cuda, float32: triton")
+    if gpu:
+        assert "cuda: the library has no code for this GPU; TORCH_CUDA_ARCH_LIST=12.1" in text
 
 
 def test_explain_tells_the_prediction(gpu, monkeypatch):
