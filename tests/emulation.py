@@ -15,6 +15,9 @@ import pybind11
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tools"))
+import build_cuda  # noqa: E402
+
 OUTPUT = ROOT / "build" / "emulator"
 # To be linked into whatever holds kernels.
 EMULATOR = [
@@ -106,21 +109,19 @@ def build_module():
 
 # The library of the CUDA backend as fused_rnn loads it, emulated.
 LIBRARY = "libfused_rnn_emulated.so"
-CELLS = ("kLstm", "kGru", "kRnn")
-PRODUCTS = ("kBf16", "kF16", "kTf32", "kTf32x3", "kIeee")
 TORCH = Path(torch.__file__).parent
 TORCH_FLAGS = ("-DTORCH_TARGET_VERSION=0x020a000000000000", f"-isystem{TORCH / 'include'}")
 TORCH_LINK_FLAGS = (f"-L{TORCH / 'lib'}", "-ltorch_cpu")
 
 
-def block_scan(cell, product, source="csrc/cuda/block_scan.cu", flags=()):
+def block_scan(cell, kind, source="csrc/cuda/block_scan.cu", flags=()):
     """The unit of one cell's and product's block scans."""
-    defines = (f"-DFUSED_RNN_CELL={cell}", f"-DFUSED_RNN_PRODUCT={product}")
-    return Unit(source, (*flags, *defines), f"_{cell}_{product}")
+    defines = (f"-DFUSED_RNN_CELL={cell}", f"-DFUSED_RNN_PRODUCT={kind}")
+    return Unit(source, (*flags, *defines), f"_{cell}_{kind}")
 
 
 def cuda_units():
-    scans = [block_scan(cell, product) for cell in CELLS for product in PRODUCTS]
+    scans = [block_scan(cell, kind) for cell in build_cuda.CELLS for kind in build_cuda.PRODUCTS]
     return [*map(Unit, EMULATOR), Unit("csrc/cuda/pointwise.cu"), *scans, Unit(OPERATORS)]
 
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from conftest import UNDER_TEST
 from test_imports import run_python
-from test_numerics import BOTH, CELLS, assert_holds, case_of
+from test_numerics import BOTH, CELLS, assert_holds, assert_precise, case_of
 
 import fused_rnn
 from fused_rnn import backends, plan
 from fused_rnn.cuda import library, planning
 from fused_rnn.plan import DEVICES, Shape
 from fused_rnn.precision import fp32_precision
-from fused_rnn.testing import Case, error, evaluate, make_inputs, run
+from fused_rnn.testing import Case, evaluate, make_inputs, run
 
 DEVICE = UNDER_TEST["cuda"]
 EMULATED = DEVICE == "cpu"
@@ -45,22 +45,6 @@ def schedule():
 
     yield set_to
     set_to(0)
-
-
-def assert_precise(case: Case, precision: str) -> None:
-    """A float32 scan at a precision, against float64: errors of the size of the rounding of the
-    operands, and above those of ieee in TF32 alone."""
-    exact = evaluate(case, "plain", "cpu", True, torch.float64)
-    found = {}
-    for p in ("ieee", precision):
-        with fp32_precision(p):
-            found[p] = evaluate(case, "cuda", DEVICE)
-    for name in exact:
-        scale = float(exact[name].abs().max())
-        low, high = (error(found[p][name].cpu(), exact[name]) for p in ("ieee", precision))
-        assert high <= (2**-7 if precision == "tf32" else 2**-17) * scale, name
-        if precision == "tf32":
-            assert high > low, name
 
 
 # Sizes on both sides of every size of kernel there is: 64; 96, 112, 128; up to 256.
@@ -99,7 +83,7 @@ def test_step_path(cell, dtype, monkeypatch):
 def test_block_scans_in_tf32(cell, hidden, precision):
     case = case_of(cell, rows=9, hidden=hidden, steps=4, dtype=torch.float32)
     if planning.block_plan(DEVICES["H200"], shape_of(cell, hidden, precision)):
-        assert_precise(case, precision)
+        assert_precise(case, precision, "cuda", DEVICE)
     else:  # beyond the block scan torch multiplies, on a CPU in ieee
         with fp32_precision(precision):
             assert_holds(case, "cuda", DEVICE)
@@ -173,11 +157,10 @@ def test_more_entries_than_one_launch_takes():
 
 def test_rows_far_apart_are_copied():
     """A sequence whose rows lie beyond a lane's 32-bit offsets is made contiguous first."""
-    if not EMULATED:
-        pytest.skip("takes 2 GiB of a GPU's memory for one row")
-    far = torch.empty_strided((2, 2, 1, 16), (16, 2**27 + 16, 16, 1))
+    far = torch.empty_strided((2, 2, 1, 16), (16, 2**27 + 16, 16, 1), device=DEVICE)
     far.copy_(torch.randn(2, 2, 1, 16))
-    w_hh, state = torch.randn(1, 16, 4), torch.zeros(1, 2, 4)
+    w_hh = torch.randn(1, 16, 4, device=DEVICE)
+    state = torch.zeros(1, 2, 4, device=DEVICE)
     op = torch.ops.fused_rnn.cuda_lstm_inference
     rest = (w_hh, None, state, state, None, [False])
     for ours, theirs in zip(op(far, *rest), op(far.contiguous(), *rest), strict=True):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fused_rnn import testing
+from fused_rnn.precision import fp32_precision
 from fused_rnn.testing import Case, check, compare, error, evaluate, poisoned_memory
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -61,6 +62,22 @@ def assert_holds(case: Case, backend: str, device: str) -> None:
         verdicts = check(case, backend, device)
     faults = [f"{v.name}: {v.fault} ({v.error:.2e} of {v.budget:.2e})" for v in verdicts if v.fault]
     assert not faults, f"{case}\n" + "\n".join(faults)
+
+
+def assert_precise(case: Case, precision: str, backend: str, device: str) -> None:
+    """A float32 scan in TF32 or 3xTF32, against float64: errors of the size of the rounding of the
+    operands, and above those of ieee in TF32 alone."""
+    exact = evaluate(case, "plain", "cpu", True, torch.float64)
+    found = {}
+    for p in ("ieee", precision):
+        with fp32_precision(p):
+            found[p] = evaluate(case, backend, device)
+    for name in exact:
+        scale = float(exact[name].abs().max())
+        low, high = (error(found[p][name].cpu(), exact[name]) for p in ("ieee", precision))
+        assert high <= (2**-7 if precision == "tf32" else 2**-17) * scale, name
+        if precision == "tf32":
+            assert high > low, name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import UNDER_TEST, interpreted
 from test_imports import run_python
-from test_numerics import BOTH, CELLS, assert_holds, case_of
+from test_numerics import BOTH, CELLS, assert_holds, assert_precise, case_of
 
 import fused_rnn
 from fused_rnn import backends, ops, plan
@@ -135,20 +135,8 @@ def test_tf32_rounds_to_nearest():
 @pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 def test_scans_in_tf32(cell, precision):
-    """Errors of a scan in TF32 and 3xTF32, against float64: of the size of the rounding of the
-    operands, and above that of ieee in TF32 alone."""
     case = case_of(cell, rows=3, hidden=24, steps=6, dtype=torch.float32)
-    exact = evaluate(case, "plain", "cpu", True, torch.float64)
-    found = {}
-    for p in ("ieee", precision):
-        with fp32_precision(p):
-            found[p] = evaluate(case, "triton", DEVICE)
-    for name in exact:
-        scale = float(exact[name].abs().max())
-        low, high = (error(found[p][name].cpu(), exact[name]) for p in ("ieee", precision))
-        assert high <= (2**-7 if precision == "tf32" else 2**-17) * scale, name
-        if precision == "tf32":
-            assert high > low, name
+    assert_precise(case, precision, "triton", DEVICE)
 
 
 def test_the_precision_follows_torch():

@@ -1,8 +1,6 @@
 // The operators fused_rnn::cuda_scan_*: waist/operators.h with the kernels of this folder. Besides
 // the waist's arguments they take what fused_rnn/cuda decides: the kernel (0 by steps, 1 a block
 // scan), how float32 products are taken (a member of PRECISIONS, by its place) and the stream.
-#include <stdexcept>
-
 #include "cuda/launch.h"
 #include "cuda/steps.h"
 #include "waist/operators.h"
@@ -15,11 +13,16 @@ namespace fused_rnn::cuda {
 
 #if defined(FUSED_RNN_EMULATOR)
 constexpr bool kEmulated = true;
+// The memory of a call that has ended, by an exception too, is no longer its kernels'.
+struct Forgetting {
+  ~Forgetting() { emulator::forget(); }
+};
 void touches(const void* data, size_t bytes, bool written, const char* name) {
   emulator::allow(data, bytes, written, name);
 }
 #else
 constexpr bool kEmulated = false;
+struct Forgetting {};
 void touches(const void*, size_t, bool, const char*) {}
 #endif
 
@@ -72,6 +75,7 @@ struct Run {
     const Layer& l = call.layer;
     if (l.batch == 0 || l.stack == 0) return;
     STD_TORCH_CHECK(l.batch < int64_t{8} << 31, "the batch must have less than 2^34 rows");
+    [[maybe_unused]] const Forgetting forgetting;
     for (const Memory& m : arguments.memory()) touches(m.data, m.bytes, m.written, m.name);
     void* on = reinterpret_cast<void*>(stream);
     use_device(w_hh.get_device_index());
@@ -80,9 +84,6 @@ struct Run {
     } else {
       block(call, arguments, on);
     }
-#if defined(FUSED_RNN_EMULATOR)
-    emulator::forget();
-#endif
   }
 
  private:

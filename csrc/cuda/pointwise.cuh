@@ -4,6 +4,7 @@
 // T is the dtype of the arithmetic, float or double. Sequences and the tape are the call's.
 #pragma once
 
+#include "cuda/flags.cuh"
 #include "cuda/launch.h"
 #include "cuda/numbers.cuh"
 
@@ -12,8 +13,6 @@ namespace fused_rnn::cuda {
 constexpr int kPointwiseThreads = 128;
 
 namespace pointwise {
-
-constexpr int kEnded = 1, kReset = 2;
 
 // One element of a tensor of any dtype the waist has.
 template <class T>
@@ -67,7 +66,7 @@ struct Element {
     unit = n % width, row = n / width;
     entry = p.params.first_entry + block_y();
     index = (entry * B + row) * width + unit;
-    backwards = p.params.reverse_bits[block_y() / 32] >> (block_y() % 32) & 1;
+    backwards = is_reversed(p.params, block_y());
     t = backwards != against ? T - 1 - p.step : p.step;
   }
   FUSED_RNN_DEVICE int64_t at(const Rows& rows, int64_t step) const {
@@ -78,7 +77,7 @@ struct Element {
   }
   FUSED_RNN_DEVICE bool ended(int64_t step) const { return (bits(step) & kEnded) != 0; }
   FUSED_RNN_DEVICE bool starts(int64_t step) const {
-    return step < T && (bits(step) & (kEnded | kReset)) == kReset;
+    return step < T && starts_segment(bits(step));
   }
   // The state that entered step t was zeroed.
   FUSED_RNN_DEVICE bool cut() const { return starts(backwards ? t + 1 : t); }
@@ -97,6 +96,40 @@ FUSED_RNN_DEVICE T entering(const Element& e, const Rows& states, const Rows& in
   if (e.cut()) return T(0);
   const int64_t before = e.before();
   return before < 0 ? get<T>(initial, e.at(initial, 0)) : get<T>(states, e.at(states, before));
+}
+
+// Writes K values of the tape, zeros where the row has ended.
+template <int kCount, class T>
+FUSED_RNN_DEVICE void put_tape(const Element& e, const Rows& gates, int64_t H, bool live,
+                               const T (&values)[kCount]) {
+  if (gates.data == nullptr) return;
+  const int64_t at = e.at(gates, e.t);
+  for (int k = 0; k < kCount; ++k) put<T>(gates, at + k * H, live ? values[k] : T(0));
+}
+
+// Writes y of a step whose hidden state is h, and what the next step finds: the state, carried
+// where the row has ended, and the next product's operand. io: how the operand is rounded.
+template <class T, class Call>
+FUSED_RNN_DEVICE void leave(const Pointwise<Call>& p, const Element& e, bool live, T h, DType io) {
+  const Rows& y = p.params.call.y;
+  put<T>(y, e.at(y, e.t), live ? h : T(0));
+  T* state = static_cast<T*>(p.state) + e.index;
+  const T next = e.cut_after() ? T(0) : live ? h : load(state);
+  store(state, next);
+  store(static_cast<T*>(p.operand) + e.index, rounded(io, next));
+}
+
+// Backward: the gradient of the hidden state that comes from later steps.
+template <class T, class Call>
+FUSED_RNN_DEVICE T carried_back(const Pointwise<Call>& p, const Element& e) {
+  return load(static_cast<const T*>(p.state) + e.index) +
+         load(static_cast<const T*>(p.product) + e.index);
+}
+// And from the output itself.
+template <class T, class Call>
+FUSED_RNN_DEVICE T from_output(const Pointwise<Call>& p, const Element& e) {
+  const Rows& dy = p.params.call.dy;
+  return dy.data == nullptr ? T(0) : get<T>(dy, e.at(dy, e.t));
 }
 
 }  // namespace pointwise
@@ -156,20 +189,10 @@ lstm_step(FUSED_RNN_PARAMS Pointwise<LstmForward> p) {
   if (call.cells.data != nullptr) {
     put<T>(call.cells, e.at(call.cells, e.t), live ? out.c.v : T(0));
   }
-  if (call.gates.data != nullptr) {
-    const int64_t at = e.at(call.gates, e.t);
-    put<T>(call.gates, at, live ? out.i.v : T(0));
-    put<T>(call.gates, at + H, live ? out.f.v : T(0));
-    put<T>(call.gates, at + 2 * H, live ? out.g.v : T(0));
-    put<T>(call.gates, at + 3 * H, live ? out.o.v : T(0));
-  }
+  put_tape(e, call.gates, H, live, {out.i.v, out.f.v, out.g.v, out.o.v});
   if (live) store(cell, e.cut_after() ? T(0) : out.c.v);
   if (projected) return store(operand, live ? rounded(call.y.dtype, out.h.v) : T(0));
-  put<T>(call.y, e.at(call.y, e.t), live ? out.h.v : T(0));
-  T* state = static_cast<T*>(p.state) + e.index;
-  const T h = e.cut_after() ? T(0) : live ? out.h.v : load(state);
-  store(state, h);
-  store(operand, rounded(call.y.dtype, h));
+  leave(p, e, live, out.h.v, call.y.dtype);
 }
 
 // The LSTM's second phase: product [S, B, P] = (o tanh(c)) W_hr^T.
@@ -180,13 +203,8 @@ lstm_project_step(FUSED_RNN_PARAMS Pointwise<LstmForward> p) {
   const LstmForward& call = p.params.call;
   const Element e(p, call.layer.out, false);
   if (!e.is) return;
-  T* state = static_cast<T*>(p.state) + e.index;
-  const bool live = !e.ended(e.t);
   const T out = load(static_cast<const T*>(p.product) + e.index);
-  put<T>(call.y, e.at(call.y, e.t), live ? out : T(0));
-  const T h = e.cut_after() ? T(0) : live ? out : load(state);
-  store(state, h);
-  store(static_cast<T*>(p.operand) + e.index, rounded(call.y.dtype, h));
+  leave(p, e, !e.ended(e.t), out, call.y.dtype);
 }
 
 // product [S, B, 3H] = h W_hh^T.
@@ -201,25 +219,15 @@ gru_after_step(FUSED_RNN_PARAMS Pointwise<GruForward> p) {
   if (!e.is) return;
   const int64_t x = e.at(call.gates_x, e.t);
   const T* product = static_cast<const T*>(p.product) + (e.index - e.unit) * 3 + e.unit;
-  T* state = static_cast<T*>(p.state) + e.index;
   const bool live = !e.ended(e.t);
-  const T h_prev = load(state);
+  const T h_prev = load(static_cast<const T*>(p.state) + e.index);
   T hn = load(product + 2 * H);
   if (call.b_hn.data != nullptr) hn += get<T>(call.b_hn, e.entry * call.b_hn.entry + e.unit);
   const auto out = math::gru_after_forward(V(get<T>(call.gates_x, x) + load(product)),
                                            V(get<T>(call.gates_x, x + H) + load(product + H)),
                                            V(get<T>(call.gates_x, x + 2 * H)), V(hn), V(h_prev));
-  put<T>(call.y, e.at(call.y, e.t), live ? out.h.v : T(0));
-  if (call.gates.data != nullptr) {
-    const int64_t at = e.at(call.gates, e.t);
-    put<T>(call.gates, at, live ? out.r.v : T(0));
-    put<T>(call.gates, at + H, live ? out.z.v : T(0));
-    put<T>(call.gates, at + 2 * H, live ? out.n.v : T(0));
-    put<T>(call.gates, at + 3 * H, live ? hn : T(0));
-  }
-  const T h = e.cut_after() ? T(0) : live ? out.h.v : h_prev;
-  store(state, h);
-  store(static_cast<T*>(p.operand) + e.index, rounded(call.y.dtype, h));
+  put_tape(e, call.gates, H, live, {out.r.v, out.z.v, out.n.v, hn});
+  leave(p, e, live, out.h.v, call.y.dtype);
 }
 
 // Reset before the product, first phase: product [S, B, 2H] = h [W_hr; W_hz]^T; operand gets r h
@@ -239,11 +247,7 @@ gru_before_gates_step(FUSED_RNN_PARAMS Pointwise<GruForward> p) {
   const auto out = math::gru_before_gates(V(get<T>(call.gates_x, x) + load(product)),
                                           V(get<T>(call.gates_x, x + H) + load(product + H)),
                                           V(load(static_cast<const T*>(p.state) + e.index)));
-  if (call.gates.data != nullptr) {
-    const int64_t at = e.at(call.gates, e.t);
-    put<T>(call.gates, at, live ? out.r.v : T(0));
-    put<T>(call.gates, at + H, live ? out.z.v : T(0));
-  }
+  put_tape(e, call.gates, H, live, {out.r.v, out.z.v});
   store(static_cast<T*>(p.other) + e.index, out.z.v);
   store(static_cast<T*>(p.operand) + e.index, live ? rounded(call.y.dtype, out.rh.v) : T(0));
 }
@@ -259,19 +263,15 @@ gru_before_candidate_step(FUSED_RNN_PARAMS Pointwise<GruForward> p) {
   const Element e(p, H, false);
   if (!e.is) return;
   const int64_t x = e.at(call.gates_x, e.t) + 2 * H;
-  T* state = static_cast<T*>(p.state) + e.index;
   const bool live = !e.ended(e.t);
-  const T h_prev = load(state);
+  const T h_prev = load(static_cast<const T*>(p.state) + e.index);
   const T a_n = get<T>(call.gates_x, x) + load(static_cast<const T*>(p.product) + e.index);
   const auto out = math::gru_before_candidate(
       V(a_n), V(load(static_cast<const T*>(p.other) + e.index)), V(h_prev));
-  put<T>(call.y, e.at(call.y, e.t), live ? out.h.v : T(0));
   if (call.gates.data != nullptr) {
     put<T>(call.gates, e.at(call.gates, e.t) + 2 * H, live ? out.n.v : T(0));
   }
-  const T h = e.cut_after() ? T(0) : live ? out.h.v : h_prev;
-  store(state, h);
-  store(static_cast<T*>(p.operand) + e.index, rounded(call.y.dtype, h));
+  leave(p, e, live, out.h.v, call.y.dtype);
 }
 
 // product [S, B, H] = h W_hh^T. The state is multiplied unrounded; see docs/design.md.
@@ -283,15 +283,10 @@ rnn_step(FUSED_RNN_PARAMS Pointwise<RnnForward> p) {
   const RnnForward& call = p.params.call;
   const Element e(p, call.layer.hidden, false);
   if (!e.is) return;
-  T* state = static_cast<T*>(p.state) + e.index;
-  const bool live = !e.ended(e.t);
   const T a = get<T>(call.gates_x, e.at(call.gates_x, e.t)) +
               load(static_cast<const T*>(p.product) + e.index);
   const T out = math::rnn_forward(V(a), call.relu).v;
-  put<T>(call.y, e.at(call.y, e.t), live ? out : T(0));
-  const T h = e.cut_after() ? T(0) : live ? out : load(state);
-  store(state, h);
-  store(static_cast<T*>(p.operand) + e.index, h);
+  leave(p, e, !e.ended(e.t), out, DType::kFloat32);
 }
 
 // Backward, from the forward scan's last step to its first. state is dh as far as it does not pass
@@ -314,10 +309,9 @@ lstm_step_back(FUSED_RNN_PARAMS Pointwise<LstmBackward> p) {
   if (projected) {
     dh = load(static_cast<const T*>(p.other) + e.index);
   } else {
-    T* state = static_cast<T*>(p.state) + e.index;
-    dh = load(state) + load(static_cast<const T*>(p.product) + e.index);
-    store(state, live ? T(0) : dh);
-    if (call.dy.data != nullptr) dh += get<T>(call.dy, e.at(call.dy, e.t));
+    dh = carried_back<T>(p, e);
+    store(static_cast<T*>(p.state) + e.index, live ? T(0) : dh);
+    dh += from_output<T>(p, e);
   }
   T* cell = static_cast<T*>(p.cell) + e.index;
   const T carried = load(cell);
@@ -349,10 +343,9 @@ lstm_project_step_back(FUSED_RNN_PARAMS Pointwise<LstmBackward> p) {
   const Element e(p, call.layer.out, true);
   if (!e.is) return;
   const bool live = !e.ended(e.t);
-  T* state = static_cast<T*>(p.state) + e.index;
-  T dh = load(state) + load(static_cast<const T*>(p.product) + e.index);
-  store(state, live ? T(0) : dh);
-  if (call.dy.data != nullptr && live) dh += get<T>(call.dy, e.at(call.dy, e.t));
+  T dh = carried_back<T>(p, e);
+  store(static_cast<T*>(p.state) + e.index, live ? T(0) : dh);
+  dh += from_output<T>(p, e);
   put<T>(call.dh, e.at(call.dh, e.t), live ? dh : T(0));
   store(static_cast<T*>(p.operand) + e.index, live ? rounded(call.w_hh.dtype, dh) : T(0));
 }
@@ -369,9 +362,7 @@ gru_after_step_back(FUSED_RNN_PARAMS Pointwise<GruBackward> p) {
   if (!e.is) return;
   const bool live = !e.ended(e.t), cut = e.cut();
   T* state = static_cast<T*>(p.state) + e.index;
-  const T carried = load(state) + load(static_cast<const T*>(p.product) + e.index);
-  T dh = carried;
-  if (call.dy.data != nullptr) dh += get<T>(call.dy, e.at(call.dy, e.t));
+  const T carried = carried_back<T>(p, e), dh = carried + from_output<T>(p, e);
   const int64_t tape = e.at(call.gates, e.t);
   const auto d = math::gru_after_backward(
       V(get<T>(call.gates, tape)), V(get<T>(call.gates, tape + H)),
@@ -404,9 +395,7 @@ gru_before_candidate_step_back(FUSED_RNN_PARAMS Pointwise<GruBackward> p) {
   if (!e.is) return;
   const bool live = !e.ended(e.t);
   T* state = static_cast<T*>(p.state) + e.index;
-  const T carried = load(state) + load(static_cast<const T*>(p.product) + e.index);
-  T dh = carried;
-  if (call.dy.data != nullptr) dh += get<T>(call.dy, e.at(call.dy, e.t));
+  const T carried = carried_back<T>(p, e), dh = carried + from_output<T>(p, e);
   const int64_t tape = e.at(call.gates, e.t), at = e.at(call.dgates, e.t);
   const auto d = math::gru_before_backward(V(get<T>(call.gates, tape + H)),
                                            V(get<T>(call.gates, tape + 2 * H)),
@@ -453,9 +442,7 @@ rnn_step_back(FUSED_RNN_PARAMS Pointwise<RnnBackward> p) {
   if (!e.is) return;
   const bool live = !e.ended(e.t), cut = e.cut();
   T* state = static_cast<T*>(p.state) + e.index;
-  const T carried = load(state) + load(static_cast<const T*>(p.product) + e.index);
-  T dh = carried;
-  if (call.dy.data != nullptr) dh += get<T>(call.dy, e.at(call.dy, e.t));
+  const T carried = carried_back<T>(p, e), dh = carried + from_output<T>(p, e);
   const T y = get<T>(call.y, e.at(call.y, e.t));
   const T d = math::rnn_backward(V(y), V(dh), call.relu).v;
   put<T>(call.dgates, e.at(call.dgates, e.t), live ? d : T(0));

@@ -1,19 +1,10 @@
-// Where rows and steps lie in memory, what the flags say of them, and reading and writing a lane's
-// slots.
+// Where rows and steps lie in memory, and reading and writing a lane's slots.
 #pragma once
 
+#include "cuda/flags.cuh"
 #include "cuda/products.cuh"
 
 namespace fused_rnn::cuda {
-
-constexpr int kEnded = 1, kReset = 2;
-
-FUSED_RNN_DEVICE bool starts_segment(int bits) { return (bits & (kEnded | kReset)) == kReset; }
-
-template <class Call>
-FUSED_RNN_DEVICE bool is_reversed(const Params<Call>& p, int entry) {
-  return p.reverse_bits[entry / 32] >> (entry % 32) & 1;
-}
 
 // Element `at` of a tensor whose dtype is io or float32.
 template <Product kProduct>

@@ -27,6 +27,7 @@ from fused_rnn.plan import chosen as triton_chosen
 
 KERNELS = ("step", "block")  # as the operators number them
 PRODUCTS = ("bfloat16", "float16", "tf32", "tf32x3", "ieee")  # as csrc/cuda/params.h does
+HALVES = PRODUCTS[:2]  # of 16-bit numbers
 ROWS = 8  # of the batch, of one block
 UNITS = 16  # of a warp
 
@@ -65,7 +66,7 @@ def _sizes(cell: str, product: str, backward: bool) -> tuple[tuple[int, int], ..
     """(max_units, held) of the block scans there are, as sizes_of in csrc/cuda/block_scan.cu."""
     if product == "ieee":
         return (({"lstm": 96, "gru": 112, "rnn": 192}[cell], 0),)
-    half = product in ("bfloat16", "float16")
+    half = product in HALVES
     if half and cell == "lstm":
         if backward:
             return ((64, 4), (128, 6 if product == "float16" else 7), (176, 2))
@@ -90,7 +91,7 @@ def _ceil(a: int, b: int) -> int:
 def operand_bytes(shape: Shape, max_units: int) -> int:
     """Shared memory of the two operands of a block scan: parts x sources x 8 rows, each padded."""
     product = product_of(shape)
-    half = product in ("bfloat16", "float16")
+    half = product in HALVES
     parts = 2 if product == "tf32x3" else 1
     if half and shape.cell == "rnn" and not shape.backward:
         parts = 3  # the state unrounded
@@ -105,7 +106,7 @@ def weight_bytes(shape: Shape, held: int) -> int:
     warps = _ceil(shape.H, UNITS)
     if product == "ieee":
         return 4 * shape.gates * warps * UNITS * (warps * UNITS + 4)
-    steps = warps * (1 if product in ("bfloat16", "float16") else 2)
+    steps = warps * (1 if product in HALVES else 2)
     return 16 * 32 * shape.gates * warps * max(0, steps - held)
 
 
@@ -174,7 +175,7 @@ def predict(device: Device, shape: Shape, plan: Block | Step) -> Prediction:
             2 * phases * LAUNCH_US,
         )
     product = product_of(shape)
-    size = 2 if product in ("bfloat16", "float16") else 4
+    size = 2 if product in HALVES else 4
     units = plan.threads // 2
     each = _ceil(shape.S * _ceil(shape.B, ROWS), device.multiprocessors)  # blocks, in all
     together = max(1, min(each, device.shared // plan.shared, 65536 // (plan.threads * 168)))
