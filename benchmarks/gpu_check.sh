@@ -10,8 +10,9 @@ usage: benchmarks/gpu_check.sh [--rehearse] FOLDER
 Runs from the source tree with $PYTHON (default: .venv/bin/python, else python3), which needs torch,
 Triton and pytest; no network, no git. Where nvcc is, it builds the CUDA backend for the GPU that is
 here; where compute-sanitizer is, it runs that. Leaves in FOLDER a log of every stage
-(NN_stage.log), the tests as JUnit XML, the benchmark's tables (bench_DTYPE/), the launch costs, the
-names of the kernels that ran, and summary.txt.
+(NN_stage.log), the tests as JUnit XML, the benchmark's tables (bench_DTYPE/), what barriers and
+exchanges between blocks cost (microbench.json), the launch costs, the names of the kernels that
+ran, and summary.txt.
 
   --rehearse   the same on a CPU, kernels interpreted or emulated, at tiny sizes: for errors in
                typing only. FUSED_RNN_CUDA_LIBRARY may name the emulated library, which is else
@@ -152,6 +153,22 @@ print(";".join(names))') || return
     echo "TORCH_CUDA_ARCH_LIST=$TORCH_CUDA_ARCH_LIST"
     FUSED_RNN_CUDA=1 "$PYTHON" setup.py -q build_ext --inplace
 }
+microbench_build() { # beside the library; one architecture is enough, that of the first GPU
+    local architecture
+    if ! has_nvcc; then echo "no nvcc" && return 77; fi
+    architecture=$("$PYTHON" -c 'import torch
+here = torch.cuda.get_device_capability(0) if torch.cuda.is_available() else (9, 0)
+print("sm_{}{}".format(*here) + "a" * (here == (9, 0)))') || return
+    "$PYTHON" tools/build_microbench.py --arch "$architecture" --out "$WORK/microbench"
+}
+microbench() {
+    local code
+    if [ ! -x "$WORK/microbench" ]; then echo "it is not built" && return 77; fi
+    "$WORK/microbench" --quick --json "$OUT/microbench.json"
+    code=$?
+    if [ $code = 3 ]; then return 77; fi # there is no GPU, as it has said
+    return $code
+}
 emulator() { # writes the path of the emulated library to a file
     if [ -z "${FUSED_RNN_CUDA_LIBRARY:-}" ]; then
         PYTHONPATH=tests "$PYTHON" -c 'import emulation
@@ -224,8 +241,8 @@ benchmark() { # DTYPE LIMIT
         --out "$OUT/bench_$1"
 }
 # `timeout` runs programs, not functions: the functions above are run by a shell of their own.
-export -f environment has_nvcc build emulator run_pytest tests cuda_file verify
-export -f find_sanitizer sanitize benchmark
+export -f environment has_nvcc build microbench_build emulator run_pytest tests cuda_file verify
+export -f find_sanitizer sanitize microbench benchmark
 export PYTHON OUT WORK DEVICE REHEARSE EVERY BENCH_BUDGET
 in_shell() { # FUNCTION ARGUMENTS...: as a command for `stage`
     local arrays
@@ -237,6 +254,9 @@ next environment
 in_shell environment
 stage "$NAME" 40 "${COMMAND[@]}"
 
+next microbench_build
+in_shell microbench_build
+stage "$NAME" $BUILD "${COMMAND[@]}" &
 next build
 in_shell build
 stage "$NAME" $BUILD "${COMMAND[@]}"
@@ -286,6 +306,9 @@ done
 wait
 if [ -n "$threads" ]; then export OMP_NUM_THREADS=$threads; else unset OMP_NUM_THREADS; fi
 
+next microbench
+in_shell microbench
+stage "$NAME" 60 "${COMMAND[@]}"
 next launch_cost
 stage "$NAME" 30 "$PYTHON" -m benchmarks.launch_cost --device $DEVICE ${QUICK[@]+"${QUICK[@]}"} \
     --json "$OUT/launch_cost.json"
@@ -315,6 +338,8 @@ cat "$WORK"/*.stage | sort >"$OUT/stages.txt"
     for tool in memcheck racecheck synccheck initcheck; do
         echo "$tool:" && grep -hE '^FAULT|^sanitize:|^no |SUMMARY' "$OUT"/*_sanitize_$tool.log
     done
+    echo && echo "== barriers, exchanges, latencies"
+    cat "$OUT"/*_microbench.log
     echo && echo "== launch costs"
     cat "$OUT"/*_launch_cost.log
     for dtype in float16 bfloat16 float32; do

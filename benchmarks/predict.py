@@ -22,6 +22,8 @@ COLUMNS = (
     ("H200", torch.float32, "tf32", "H200 TF32"),
     ("A100", torch.bfloat16, "ieee", "A100 bfloat16"),
     ("A100", torch.float32, "tf32", "A100 TF32"),
+    ("B200", torch.bfloat16, "ieee", "B200 bfloat16"),
+    ("B200", torch.float32, "tf32", "B200 TF32"),
 )
 
 
@@ -30,7 +32,7 @@ def cell_text(device: plan.Device, shape: Shape) -> str:
     backward = replace(shape, backward=True)
     theirs = plan.cudnn_step_us(device, shape)
     name, planner = "Triton", plan
-    if planning.blocks_win(device, shape):
+    if planning.scans_win(device, shape):
         name, planner = "CUDA", planning
     ours = planner.chosen(device, shape)
     back = planner.chosen(device, backward).total

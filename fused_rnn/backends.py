@@ -5,7 +5,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -125,7 +125,9 @@ def _cuda_yields(request: Request) -> str | None:
     if request.hidden is None or request.rows == 0:
         return "sizes are not known, or the batch is empty; Triton's kernels take any"
     device, shape = _planned(request)
-    if not cuda_planning.blocks_win(device, shape):
+    if cuda_library.grids_lost():
+        device = replace(device, together=0)
+    if not cuda_planning.scans_win(device, shape):
         return f"Triton's kernels are predicted to be faster at B = {shape.B}, H = {shape.H}"
     ours = cuda_planning.chosen(device, shape).total
     can = not _torch_refuses(request) and _torch_takes(device, shape)

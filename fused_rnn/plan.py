@@ -23,7 +23,8 @@ class Device:
     backend: "cuda" or "hip", as Triton calls its targets; arch: 80, 90, 100, "gfx942", ...;
     shared: bytes of shared memory one program may have; clock: GHz; memory, l2: GB/s of the whole
     GPU; l2_one: bytes a clock one multiprocessor reads from L2; mma16, mma32, fma: multiply-adds a
-    clock a multiprocessor does on 16-bit and TF32 operands by tensor cores, and on float32 by FMA.
+    clock a multiprocessor does on 16-bit and TF32 operands by tensor cores, and on float32 by FMA;
+    together: blocks that may wait for one another, None for one a multiprocessor.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Device:
     mma16: int = 1024
     mma32: int = 512
     fma: int = 128
+    together: int | None = None
 
     @property
     def warp(self) -> int:

@@ -3,6 +3,7 @@
 import functools
 import importlib.machinery
 import importlib.util
+import itertools
 import shlex
 import subprocess
 import sys
@@ -114,18 +115,20 @@ TORCH_FLAGS = ("-DTORCH_TARGET_VERSION=0x020a000000000000", f"-isystem{TORCH / '
 TORCH_LINK_FLAGS = (f"-L{TORCH / 'lib'}", "-ltorch_cpu")
 
 
-def block_scan(cell, kind, source="csrc/cuda/block_scan.cu", flags=()):
-    """The unit of one cell's and product's block scans."""
+def scan_unit(source, cell, kind, flags=()):
+    """The unit of one cell's and product's scans, of one of ``SCANS``."""
     defines = (f"-DFUSED_RNN_CELL={cell}", f"-DFUSED_RNN_PRODUCT={kind}")
     return Unit(source, (*flags, *defines), f"_{cell}_{kind}")
 
 
 def cuda_units():
-    scans = [block_scan(cell, kind) for cell in build_cuda.CELLS for kind in build_cuda.PRODUCTS]
+    pairs = itertools.product(SCANS, build_cuda.CELLS, build_cuda.PRODUCTS)
+    scans = [scan_unit(*pair) for pair in pairs]
     return [*map(Unit, EMULATOR), Unit("csrc/cuda/pointwise.cu"), *scans, Unit(OPERATORS)]
 
 
 OPERATORS = "csrc/cuda/operators.cpp"
+SCANS = [f"csrc/cuda/{name}" for name in build_cuda.SCANS]
 
 
 def build_cuda_library():

@@ -13,7 +13,7 @@ from test_numerics import BOTH, CELLS, assert_holds, assert_precise, case_of
 import fused_rnn
 from fused_rnn import backends, plan
 from fused_rnn.cuda import library, planning
-from fused_rnn.plan import DEVICES, Shape
+from fused_rnn.plan import Shape
 from fused_rnn.precision import fp32_precision
 from fused_rnn.testing import Case, evaluate, make_inputs, run
 
@@ -80,13 +80,9 @@ def test_step_path(cell, dtype, monkeypatch):
 @pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
 @pytest.mark.parametrize("hidden", [24, 64, 100, 128, 150])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
-def test_block_scans_in_tf32(cell, hidden, precision):
+def test_scans_in_tf32(cell, hidden, precision):
     case = case_of(cell, rows=9, hidden=hidden, steps=4, dtype=torch.float32)
-    if planning.block_plan(DEVICES["H200"], shape_of(cell, hidden, precision)):
-        assert_precise(case, precision, "cuda", DEVICE)
-    else:  # beyond the block scan torch multiplies, on a CPU in ieee
-        with fp32_precision(precision):
-            assert_holds(case, "cuda", DEVICE)
+    assert_precise(case, precision, "cuda", DEVICE)
 
 
 def shape_of(cell, hidden, precision="ieee", dtype=torch.float32, backward=False):
@@ -262,7 +258,9 @@ def test_a_broken_library_is_reported(tmp_path):
     assert "libbroken.so could not be loaded" in out
 
 
-def scan(name="lstm_inference", kernel=1, precision=0, dtype=torch.float32, hidden=4, **changes):
+def scan(
+    name="lstm_inference", kernel=1, rows=0, precision=0, dtype=torch.float32, hidden=4, **changes
+):
     """One of the library's own operators, called as only fused_rnn.cuda does."""
     given = {
         "gates_x": torch.zeros(2, 1, 1, 4 * hidden, dtype=dtype, device=DEVICE),
@@ -274,7 +272,7 @@ def scan(name="lstm_inference", kernel=1, precision=0, dtype=torch.float32, hidd
         "reverse": [False],
     } | changes
     op = getattr(torch.ops.fused_rnn, f"cuda_scan_{name}")
-    return op(*given.values(), kernel, precision, 0)
+    return op(*given.values(), kernel, rows, precision, 0)
 
 
 def test_block_scans_refuse_what_they_cannot_take():
@@ -282,8 +280,8 @@ def test_block_scans_refuse_what_they_cannot_take():
         scan(dtype=torch.float64)
     with pytest.raises(RuntimeError, match=r"no block scan for H = 97; kernel 0 has any size"):
         scan(hidden=97)
-    with pytest.raises(RuntimeError, match=r"kernel must be 0 or 1, got 2"):
-        scan(kernel=2)
+    with pytest.raises(RuntimeError, match=r"kernel must be 0, 1, 2 or 3, got 4"):
+        scan(kernel=4)
     with pytest.raises(RuntimeError, match=r"precision must be 0, 1 or 2, got 3"):
         scan(precision=3)
     with pytest.raises(RuntimeError, match=r"reverse must have S = 1 values, got 2"):

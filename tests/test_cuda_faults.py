@@ -1,11 +1,12 @@
 """Faults put into the real CUDA kernels, one at a time: the emulator or the results must tell each.
 
-A fault is a change of one line of csrc/cuda. The block scans of one cell and product are compiled
-with it and linked with the other objects of the emulated library, and a process of its own runs
-them on several tiles of rows and in several orders.
+A fault is a change of one line of csrc/cuda. The block or grid scans of one cell and product are
+compiled with it and linked with the other objects of the emulated library, and a process of its own
+runs them on several tiles of rows and in several orders.
 """
 
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -23,15 +24,18 @@ pytestmark = pytest.mark.skipif(
 PROGRAM = """
 import sys
 import torch
-from fused_rnn.cuda import library
+from fused_rnn.cuda import library, planning
 from fused_rnn.testing import Case, check
 
-cell, dtype, hidden = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3])
+cell, dtype, hidden, tile = sys.argv[1], getattr(torch, sys.argv[2]), *map(int, sys.argv[3:])
 assert library.why_unavailable() is None
+if tile:
+    planning.choose = lambda device, shape: planning.grid_kernel(shape, tile)
 for seed in range(2):
     torch.ops.fused_rnn.cuda_emulate(seed, 2)
     for flags in (False, True):
-        case = Case(cell, 5, 11, 3, hidden, (False, True), dtype, lengths=flags, reset=flags)
+        rows = 19 if tile else 11
+        case = Case(cell, 5, rows, 3, hidden, (False, True), dtype, lengths=flags, reset=flags)
         try:
             verdicts = check(case, "cuda", "cpu")
         except RuntimeError as error:
@@ -55,10 +59,11 @@ class Fault(NamedTuple):
     dtype: str = "bfloat16"
     precision: str = "ieee"
     hidden: int = 37
+    tile: int = 0  # rows of a batch tile of a grid scan; a block scan if 0
 
     @property
     def program(self):
-        return self.cell, self.dtype, self.precision, self.hidden
+        return self.cell, self.dtype, self.precision, self.hidden, self.tile
 
 
 LAST_BARRIER = "    if (more) lane.read(p, place, t);\n    barrier();\n"
@@ -107,14 +112,14 @@ FAULTS = {
     ),
     "a fragment's columns swapped": Fault(
         "products.cuh",
-        "const int k = j * 16 + 2 * q + i / 2 * 8;",
-        "const int k = j * 16 + 2 * q + i % 2 * 8;",
+        "const int k = first + 2 * q + i / 2 * 8;",
+        "const int k = first + 2 * q + i % 2 * 8;",
         "wrong",
     ),
     "a TF32 fragment's columns shifted": Fault(
         "products.cuh",
-        "j * 8 + q + i / 2 * 4",
-        "j * 8 + q + i / 2 * 2",
+        "first + q + i / 2 * 4",
+        "first + q + i / 2 * 2",
         "wrong",
         dtype="float32",
         precision="tf32x3",
@@ -157,7 +162,7 @@ FAULTS = {
         "block_scan.cuh", "if (cut[i % 2]) lane.zero(i);", "", "wrong", cell="gru"
     ),
     "the state of an ended row not carried": Fault(
-        "block_cells.cuh", "h[i] = live ? out.h.v : h[i];", "h[i] = out.h.v;", "wrong", count=2
+        "cells.cuh", "h[i] = live ? out.h.v : h[i];", "h[i] = out.h.v;", "wrong", count=2
     ),
     "the small part of an operand lost": Fault(
         "products.cuh",
@@ -166,6 +171,130 @@ FAULTS = {
         "wrong",
         dtype="float32",
         precision="tf32x3",
+    ),
+}
+
+
+def grid_fault(old, new, says, *, file="grid_scan.cuh", tile=8, **fields):
+    """A fault in a grid scan."""
+    return Fault(file, old, new, says, tile=tile, **fields)
+
+
+ARRIVAL = """    barrier();
+    if (thread_index() == 0 && !lost_) store_release(arrived_ + block_x(), count_of(number, group));
+"""
+NEVER = "a block that never arrives"
+FAULTS |= {
+    "a count of arrivals off by one": grid_fault(
+        "const uint32_t count = count_of(number, group);",
+        "const uint32_t count = count_of(number, group) - 1;",
+        "race",
+    ),
+    "an arrival before the last store": grid_fault(
+        ARRIVAL,
+        "\n".join([ARRIVAL.splitlines()[1], ARRIVAL.splitlines()[0], ""]),
+        "race",
+    ),
+    "acquire dropped": grid_fault("load_acquire(at)", "load_relaxed(at)", "race", count=2),
+    "release dropped": grid_fault("store_release(arrived_", "store_relaxed(arrived_", "race"),
+    "lanes that did not wait not joined": grid_fault(
+        "    warp_barrier();\n    return any(vain);", "    return any(vain);", "race"
+    ),
+    "one block fewer waited for": grid_fault(
+        "? slices : block_count_x();", "? slices - 1 : block_count_x() - 1;", "race"
+    ),
+    "units written by two blocks": grid_fault(
+        "place.first_unit = block_x() * kUnits +",
+        "place.first_unit = block_x() / 2 * 2 * kUnits +",
+        "race",
+    ),
+    "rows written by two blocks": grid_fault(
+        "place.batch = end < layer.batch ? end : layer.batch;",
+        "place.batch = layer.batch;",
+        "",
+    ),
+    "one operand instead of two": grid_fault(
+        "(number % 2 * params_.groups + group)", "(0 * params_.groups + group)", "race"
+    ),
+    "warps' sums read before they are there": grid_fault(
+        "lost_ = barrier_any(vain);", "lost_ = vain;", "", count=2
+    ),
+    "sums of a group written while the last are read": grid_fault(
+        "      } else {\n        barrier();\n      }\n", "      }\n", "race", tile=32
+    ),
+    "a warp's sums left out": grid_fault(
+        "for (int warp = 1; warp < kGridWarps; ++warp)",
+        "for (int warp = 1; warp + 1 < kGridWarps; ++warp)",
+        "wrong",
+        file="grid_products.cuh",
+        hidden=70,
+    ),
+    "an operand's lanes confused": grid_fault(
+        "row * 4 + k % kHalf / kNumbers",
+        "row * 4 + k / 2 % 4",
+        "",
+        file="grid_products.cuh",
+        dtype="float32",
+        precision="tf32x3",
+    ),
+    "an operand's words confused": grid_fault(
+        "const int word = step * 2 + k / kHalf;",
+        "const int word = k / kHalf * 2 + step;",
+        "wrong",
+        file="grid_products.cuh",
+    ),
+    "another source's weights taken": grid_fault(
+        "kGathersBack ? piece % Traits::kSources : tile",
+        "kGathersBack ? (piece + 1) % Traits::kSources : tile",
+        "wrong",
+        file="grid_products.cuh",
+        cell="gru",
+    ),
+    "another group's state taken": grid_fault(
+        "states_ + (group * Lane::kStates + n) * kGridThreads",
+        "states_ + n * kGridThreads",
+        "wrong",
+        tile=32,
+    ),
+    "another tile's rows taken": grid_fault(
+        "first_row_ = pair % params.tiles * params.rows;", "first_row_ = 0;", ""
+    ),
+    "a reset forgotten by a grid": grid_fault(
+        "if (cut) lane.zero(0);", "", "wrong", cell="gru", tile=16
+    ),
+    "a block's own operand read before it is there": grid_fault(
+        "      barrier();\n      if (!lost_) scatter",
+        "      if (!lost_) scatter",
+        "",
+        dtype="float32",
+        precision="tf32x3",
+    ),
+    "parcels of another block collected": grid_fault(
+        "block_x() * block_count_x())",
+        "(block_x() + 1) % block_count_x() * block_count_x())",
+        "wrong",
+        dtype="float32",
+        precision="tf32x3",
+    ),
+    "a parcel left": grid_fault(
+        "first + i < block_count_x() ? load",
+        "first + i + 1 < block_count_x() ? load",
+        "wrong",
+        cell="gru",
+        dtype="float32",
+        precision="tf32x3",
+    ),
+    "a parcel's rows confused": grid_fault(
+        "of[i / 4 * 8 + 2 * q + i % 2]",
+        "of[i / 4 * 8 + 2 * q + i / 2 % 2]",
+        "",
+        dtype="float32",
+        precision="tf32x3",
+    ),
+    NEVER: grid_fault(
+        "if (thread_index() == 0 && !lost_)",
+        "if (thread_index() == 0 && !lost_ && block_x() != 1)",
+        "a grid scan before this call was given up: lstm forward, bfloat16, step 0: block (",
     ),
 }
 PRODUCT_OF = {
@@ -182,9 +311,10 @@ def test_every_fault_is_one():
         assert fault.old != fault.new
 
 
-def run(library, fault):
-    """(exit status, output) of the program on a library, with what a fault is looked for with."""
-    command = [sys.executable, "-c", PROGRAM, fault.cell, fault.dtype, str(fault.hidden)]
+def run(library, fault, program=PROGRAM):
+    """(exit status, output) of a program on a library, with what a fault is looked for with."""
+    command = [sys.executable, "-c", program, fault.cell, fault.dtype]
+    command += [str(fault.hidden), str(fault.tile)]
     environment = {
         "FUSED_RNN_CUDA_LIBRARY": str(library),
         "FUSED_RNN_FP32_PRECISION": fault.precision,
@@ -205,7 +335,8 @@ def build(name, fault, folder):
     changed.write_text(text.replace(fault.old, fault.new))
     product = PRODUCT_OF[fault.dtype, fault.precision]
     cell = f"k{fault.cell.capitalize()}"
-    unit = emulation.block_scan(cell, product, flags=(f"-I{folder}",))
+    source = f"csrc/cuda/{'grid' if fault.tile else 'block'}_scan.cu"
+    unit = emulation.scan_unit(source, cell, product, flags=(f"-I{folder}",))
     objects = emulation.objects_of(emulation.LIBRARY)
     others = [str(objects / u.object) for u in emulation.cuda_units() if u.object != unit.object]
     target = f"fault_{name.replace(' ', '_').replace(chr(39), '')}.so"
@@ -222,7 +353,10 @@ def outcomes(tmp_path_factory):
 
     def look(name):
         fault = FAULTS[name]
-        found[name] = run(build(name, fault, tmp_path_factory.mktemp("fault")), fault)
+        library = build(name, fault, tmp_path_factory.mktemp("fault"))
+        found[name] = run(library, fault)
+        if name == NEVER:
+            found["lost"] = run(library, fault, LOST)
 
     def compare(fault):
         found[fault.program] = run(right, fault)
@@ -242,3 +376,46 @@ def test_the_fault_is_seen(name, outcomes):
     assert status == 1, f"{name}: {output}"
     assert ("report: " in output or "wrong: " in output) and fault.says in output, output
     assert outcomes[fault.program] == (0, "right\n"), "and without it nothing is wrong"
+
+
+# What a process sees of a block that never arrives.
+LOST = """
+import torch
+import fused_rnn
+from fused_rnn.cuda import library, operators, planning
+from fused_rnn.plan import DEVICES, Shape
+
+assert library.why_unavailable() is None
+shape = Shape("lstm", 1, 8, 40, torch.bfloat16)
+plan, choices = planning.grid_kernel(shape, 8), planning.choices
+planning.block_plan = lambda device, shape: None  # a grid scan is the best there is
+torch.manual_seed(0)
+module = fused_rnn.LSTM(3, 40).bfloat16()
+x = torch.randn(6, 8, 3).bfloat16()
+assert operators._kernel(operators._EMULATED_DEVICE, shape, x.device) == plan
+with torch.no_grad(), fused_rnn.use_backend("cuda"):
+    print("results", module(x)[0].isnan().all().item(), library.grids_lost())
+    try:
+        module(x)
+    except RuntimeError as error:
+        print(str(error).splitlines()[0])
+    print("then", operators._kernel(operators._EMULATED_DEVICE, shape, x.device).kind)
+    ours = module(x)[0]
+torch.testing.assert_close(ours, module(x)[0], rtol=2e-2, atol=2e-2)
+print("and right")
+"""
+
+
+def test_a_lost_grid_scan_is_reported_and_no_other_begun(outcomes):
+    """Its results are NaN, the next call says what happened, and later ones go step by step."""
+    status, output = outcomes["lost"]
+    assert status == 0, output
+    results, report, then, right = output.splitlines()
+    assert results == "results True False"
+    assert re.search(
+        r"a grid scan before this call was given up: lstm forward, bfloat16, step 0: block"
+        r" \(\d, 0\) waited in vain for block \(1, 0\)\. Its results are NaN\. From now on this"
+        r" process runs no grid scans$",
+        report,
+    )
+    assert (then, right) == ("then step", "and right")

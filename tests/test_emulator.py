@@ -140,6 +140,27 @@ def test_shuffles(emulator, seed):
         assert (got == values[np.arange(32) ^ mask]).all()
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name, together", [("any", 32), ("barrier_any", 64)])
+def test_votes(emulator, name, together, seed):
+    """In no thread, one, all and some: of the warp for any, of the block for barrier_any."""
+    one = np.eye(64, dtype=np.uint32)
+    some = (rng.random((64, 64)) < 0.03).astype(np.uint32)
+    votes = np.concatenate([one[:0:-1], 1 - one, some, one * 0, one | 1, one])
+    got = getattr(emulator, name)(votes, seed)
+    groups = votes.reshape(-1, together)
+    assert (got.reshape(-1, together) == groups.any(1)[:, None]).all()
+
+
+def test_now_increases_with_each_call(emulator):
+    last = 0
+    for seed in SEEDS:
+        times = emulator.now(50, seed)  # [thread, 50]
+        assert (np.diff(times.astype(np.int64), axis=1) > 0).all()
+        assert np.unique(times).size == times.size and times.min() > last
+        last = times.max()
+
+
 def floats():
     """Floats of every exponent, beside and at what lies halfway, and special ones."""
     high = np.arange(65536, dtype=np.uint32) << 16
@@ -230,10 +251,13 @@ RIGHT = [
     ("tile_copy", "none"),
     ("message", "none"),
     ("message", "fences"),
+    ("message", "system fences"),
     ("arrivals", "none"),
     ("arrivals", "fences"),
+    ("arrivals", "system fences"),
     ("counter", "none"),
     ("counter", "fences"),
+    ("counter", "system fences"),
     ("product", "none"),
 ]
 
@@ -256,6 +280,7 @@ FOUND = {
     ("rotation", "no barrier"): "race|read before written",
     ("rotation", "no second barrier"): "race",
     ("rotation", "lane ends"): "divergence: .*",
+    ("rotation", "divergence"): r"divergence: .*\bany\b",
     ("tile_copy", "no barrier"): "race|read before written|copy in flight",
     ("tile_copy", "no second barrier"): "race|copy in flight",
     ("tile_copy", "beyond"): "out of bounds: .* reads 16 bytes at in [+] 0x1[4-7]",

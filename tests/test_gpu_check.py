@@ -93,6 +93,35 @@ def test_the_cases_it_names_are_there():
     assert {case for case, _, _ in gpu_profile.SHAPES} <= known
 
 
+def test_the_microbench_is_built_beside_the_library_and_runs_alone():
+    """Its build is under way while the library's is; it runs after all that runs side by side."""
+    text = SCRIPT.read_text()
+    stages = [m[1] for m in re.finditer(r"^ *next (\w+)$", text, re.M)]
+    assert stages.index("build") == stages.index("microbench_build") + 1
+    assert 'in_shell microbench_build\nstage "$NAME" $BUILD "${COMMAND[@]}" &\n' in text
+    assert stages.index("launch_cost") == stages.index("microbench") + 1
+    last_side_by_side = text.index("next sanitize_$tool")
+    assert last_side_by_side < text.index("\nwait\n") < text.index("next microbench\n")
+
+
+@bash
+@pytest.mark.parametrize(("program", "status", "says"), [
+    (None, 77, "it is not built"),
+    ("echo no GPU here >&2; exit 3", 77, "no GPU here"),
+    ("echo a table; exit 1", 1, "a table"),
+    ('echo $1 $2; echo {} >"$3"', 0, "--quick --json"),
+], ids=["not built", "no GPU", "failed", "passed"])  # fmt: skip
+def test_the_microbench_stage(program, status, says, tmp_path):
+    function = re.search(r"^microbench\(\) \{.*?^\}", SCRIPT.read_text(), re.M | re.S)[0]
+    if program:
+        (tmp_path / "microbench").write_text(f"#!/bin/sh\n{program}\n")
+        (tmp_path / "microbench").chmod(0o755)
+    folders = {"WORK": str(tmp_path), "OUT": str(tmp_path)}
+    found, out, err = run("bash", "-uc", f"{function}\nmicrobench", **folders)
+    assert (found, says in out + err) == (status, True)
+    assert (tmp_path / "microbench.json").exists() == (status == 0)
+
+
 def test_launch_cost_runs_without_a_gpu(tmp_path):
     path = tmp_path / "launch.json"
     program = (sys.executable, "-m", "benchmarks.launch_cost", "--device", "cpu")

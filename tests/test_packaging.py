@@ -404,9 +404,10 @@ def test_an_arch_list_that_cannot_be_built(decide, wanted):
     assert "TORCH_CUDA_ARCH_LIST" in " ".join(error.value.args)
 
 
-def test_block_scan_is_compiled_for_every_cell_and_product(decide):
+@pytest.mark.parametrize("source", build_cuda.SCANS)
+def test_scans_are_compiled_for_every_cell_and_product(decide, source):
     toolkit, _ = decide({"FUSED_RNN_CUDA": "1"})
-    objects = toolkit.compilations("csrc/cuda/block_scan.cu", ["ccache", "g++", "-pthread"])
+    objects = toolkit.compilations(f"csrc/cuda/{source}", ["ccache", "g++", "-pthread"])
     params = (ROOT / "csrc" / "cuda" / "params.h").read_text()
     cells, products = (
         [
@@ -426,18 +427,21 @@ def test_block_scan_is_compiled_for_every_cell_and_product(decide):
 
 # --- the CUDA library: what becomes of it, with stand-ins for its sources and nvcc
 
+SCAN_STAND_IN = """\
+#include "cuda/params.h"
+#define JOIN(a, b, c) a##_##b##_##c
+#define NAME(a, b, c) JOIN(a, b, c)
+int NAME({}, FUSED_RNN_CELL, FUSED_RNN_PRODUCT)() {{ return 0; }}
+"""
 STAND_INS = {
     "csrc/cpu/module.cpp": "int cpu() { return 0; }\n",
     "csrc/cuda/params.h": "#pragma once\n",
     "csrc/cuda/operators.cpp": '#include "cuda/params.h"\nint operators() { return 0; }\n',
     "csrc/cuda/pointwise.cu": "int pointwise() { return 0; }\n",
-    "csrc/cuda/block_scan.cu": (
-        '#include "cuda/params.h"\n'
-        "#define JOIN(a, b, c) a##b##c\n#define NAME(a, b, c) JOIN(a, b, c)\n"
-        "int NAME(scan_, FUSED_RNN_CELL, FUSED_RNN_PRODUCT)() { return 0; }\n"
-    ),
+    **{f"csrc/cuda/{name}": SCAN_STAND_IN.format(Path(name).stem) for name in build_cuda.SCANS},
     "fused_rnn/__init__.py": "",
 }
+ALL_FILES = 2 + len(build_cuda.SCANS) * 15  # of the CUDA library, compiled
 
 
 @pytest.fixture
@@ -488,7 +492,7 @@ def compiled(output):
 def test_a_wheel_has_the_cuda_library_only_if_it_was_built_for_it(small):
     built_before = small.project / LIBRARY
     built_before.write_text("the user's own")
-    assert compiled(small("1", "bdist_wheel")) == (17, 17)
+    assert compiled(small("1", "bdist_wheel")) == (ALL_FILES, ALL_FILES)
     assert LIBRARY in wheel_of(small.project)
     (in_build,) = small.project.glob(f"build/lib*/{LIBRARY}")
     assert in_build.stat().st_size > 1000
@@ -501,15 +505,15 @@ def test_a_wheel_has_the_cuda_library_only_if_it_was_built_for_it(small):
 
 def test_only_what_changed_is_compiled_for_the_cuda_library(small):
     inplace = ("build_ext", "--inplace")
-    assert compiled(small("1", *inplace)) == (17, 17)
+    assert compiled(small("1", *inplace)) == (ALL_FILES, ALL_FILES)
     library = small.project / LIBRARY
     first = library.stat().st_mtime_ns
-    assert compiled(small("1", *inplace)) == (0, 17)
+    assert compiled(small("1", *inplace)) == (0, ALL_FILES)
     os.utime(small.project / "csrc/cuda/params.h")
-    assert compiled(small("1", *inplace)) == (16, 17)  # all but pointwise.cu
+    assert compiled(small("1", *inplace)) == (ALL_FILES - 1, ALL_FILES)  # all but pointwise.cu
     assert library.stat().st_mtime_ns > first
     os.utime(small.project / "csrc/cuda/pointwise.cu")
-    assert compiled(small("1", *inplace)) == (1, 17)
+    assert compiled(small("1", *inplace)) == (1, ALL_FILES)
     last = library.stat().st_mtime_ns
     small("0", *inplace)
     assert library.stat().st_mtime_ns == last

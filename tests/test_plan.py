@@ -89,6 +89,11 @@ def test_every_shape_gets_a_cuda_plan_that_fits(shape, name):
             assert block.max_units >= shape.H and shape.H <= block.threads // 2 < shape.H + 16
             assert block.threads % 32 == 0 and block.threads <= 2 * block.max_units <= 512
             assert not shape.proj and shape.reset_after and shape.dtype != torch.float64
+        if block.kind == "grid":
+            assert device.backend == "cuda" and block.shared <= device.shared
+            assert block.slices == -(-shape.H // 16) <= device.multiprocessors
+            assert block.rows in planning.TILE_ROWS and block.rows < max(16, 2 * shape.B)
+            assert not shape.proj and shape.reset_after and shape.dtype != torch.float64
     kinds = {planning.choose(device, replace(shape, B=b)).kind for b in (1, 3, 500, 100_000)}
     assert len(kinds) == 1, "a row's bits would depend on the batch"
 
@@ -98,12 +103,39 @@ def test_cuda_block_scans_go_where_they_should():
         for name in ("A100", "H100", "H200", "B200", "RTX 5090"):
             for hidden, backward in itertools.product((1, 64, 100, 128), (False, True)):
                 shape = Shape(cell, 1, 32, hidden, dtype, backward=backward)
-                assert planning.choose(DEVICES[name], shape).kind == "block", (name, shape)
+                assert planning.block_plan(DEVICES[name], shape), (name, shape)
+                if name != "RTX 5090":  # whose tensor cores would rather share the work
+                    assert planning.choose(DEVICES[name], shape).kind == "block", (name, shape)
     large = Shape("lstm", 1, 32, 160, torch.bfloat16, backward=True)
-    assert planning.choose(DEVICES["H200"], large).kind == "block"
+    assert planning.block_plan(DEVICES["H200"], large) is not None
     assert planning.block_plan(DEVICES["A100"], replace(large, H=192)) is None
     assert planning.block_plan(DEVICES["MI300X"], replace(large, H=32)) is None
     assert planning.block_plan(replace(DEVICES["A100"], arch=75), replace(large, H=32)) is None
+
+
+@pytest.mark.parametrize("name", ["A100", "H100", "H200", "B200"])
+def test_states_beyond_a_multiprocessor_run_as_grid_scans(name):
+    for cell, hidden, dtype, backward in itertools.product(
+        ("lstm", "gru"), (272, 512, 768, 1024, 1536), DTYPES[2:], (False, True)
+    ):
+        for rows in (1, 8, 32, 128):
+            shape = Shape(cell, 1, rows, hidden, dtype, backward=backward)
+            assert planning.choose(DEVICES[name], shape).kind == "grid", shape
+    assert planning.grid_plan(DEVICES[name], Shape("lstm", 1, 8, 2400, DTYPES[2])) is None
+    assert planning.grid_plan(DEVICES["MI300X"], Shape("lstm", 1, 8, 256, DTYPES[2])) is None
+    none = replace(DEVICES[name], together=0)
+    assert planning.choose(none, Shape("lstm", 1, 8, 512, DTYPES[2])).kind == "step"
+    few = replace(DEVICES[name], together=32)
+    assert planning.choose(few, Shape("lstm", 1, 8, 512, DTYPES[2])).kind == "grid"
+    assert planning.choose(few, Shape("lstm", 1, 8, 513, DTYPES[2])).kind == "step"
+
+
+def test_a_grid_scan_hands_round_the_fewer_bytes():
+    for cell, gates in (("lstm", 4), ("gru", 3), ("rnn", 1)):
+        for dtype in DTYPES[2:] + DTYPES[:1]:
+            shape = Shape(cell, 1, 8, 256, dtype, backward=True)
+            assert planning.scatters(shape) == (gates * dtype.itemsize > 4 + 4)
+            assert not planning.scatters(replace(shape, backward=False))
 
 
 def test_more_of_anything_takes_a_cuda_kernel_no_less_time():
@@ -113,6 +145,13 @@ def test_more_of_anything_takes_a_cuda_kernel_no_less_time():
             bigger = replace(base, **{field: value})
             for step in (False, True):
                 plans = [planning.block_plan(DEVICES["H200"], s) for s in (base, bigger)]
+                grids = [planning.grid_plan(DEVICES["H200"], s) for s in (base, bigger)]
+                if all(grids):
+                    times = [
+                        planning.predict(DEVICES["H200"], s, p).total
+                        for s, p in zip((base, bigger), grids, strict=True)
+                    ]
+                    assert times[1] >= times[0]
                 if step or not all(plans):
                     plans = [planning.Step(), planning.Step()]
                 times = [
@@ -179,18 +218,22 @@ def test_the_automatic_choice_on_a_gpu(dtype, gpu, monkeypatch):
         sizes = {"device_index": 0, "rows": 32, "hidden": hidden}
         return backends.choose(backends.Request(cell, "cuda", dtype, **sizes, **fields))
 
+    ours = "cuda" if gpu and dtype != torch.float64 else "triton"
+    assert choose(1024, flags=True) == choose(1024, cells=True) == ours
+    assert choose(4096, flags=True) == "triton"
+    monkeypatch.setattr(library, "_lost", True)  # a grid scan of this process
     assert choose(1024, flags=True) == "triton"
-    assert choose(1024, cells=True) == "triton"
+    monkeypatch.setattr(library, "_lost", False)
     if dtype.itemsize == 2:
         assert choose(64) == choose(128) == ("cuda" if gpu else "triton")
         assert choose(128, "gru", reset_after=False) == "triton"
     monkeypatch.setattr(plan, "cudnn_step_us", lambda device, shape: 0.0)
     assert choose(2048) == choose(64) == "torch"
-    assert choose(64, flags=True) == ("cuda" if gpu and dtype != torch.float64 else "triton")
+    assert choose(64, flags=True) == ours
     assert choose(None) == "triton"  # compiled, or under a transform
     if dtype == torch.float32:
         with fp32_precision("tf32x3"):
-            assert choose(2048) == "triton"  # torch.nn's path would not follow
+            assert choose(4096) == "triton"  # torch.nn's path would not follow
             assert choose(64) == ("cuda" if gpu else "triton")
 
 
@@ -207,15 +250,16 @@ def test_a_gpu_the_library_has_no_code_for(gpu, monkeypatch):
 def test_explain_tells_the_prediction(gpu, monkeypatch):
     text = explain(torch.nn.LSTM(8, 64), device="cuda")
     assert text.startswith(f"lstm on cuda, float32: {'cuda' if gpu else 'triton'}")
-    text = explain(torch.nn.LSTM(8, 512), device="cuda")
+    text = explain(torch.nn.LSTM(8, 2500), device="cuda")
     if gpu:
-        assert "cuda: Triton's kernels are predicted to be faster at B = 32, H = 512" in text
+        assert "cuda: Triton's kernels are predicted to be faster at B = 32, H = 2500" in text
     monkeypatch.setattr(plan, "torch_is_faster", lambda device, shape: True)
-    text = explain(torch.nn.LSTM(8, 512), device="cuda")
+    text = explain(torch.nn.LSTM(8, 2500), device="cuda")
     assert text.startswith("lstm on cuda, float32: torch")
-    assert "triton: torch.nn's path is predicted to be faster at B = 32, H = 512" in text
+    assert "triton: torch.nn's path is predicted to be faster at B = 32, H = 2500" in text
     monkeypatch.setattr(plan, "torch_is_faster", lambda device, shape: False)
-    assert explain(torch.nn.LSTM(8, 512), device="cuda").startswith("lstm on cuda, float32: triton")
+    text = explain(torch.nn.LSTM(8, 2500), device="cuda")
+    assert text.startswith("lstm on cuda, float32: triton")
 
 
 def test_the_document_has_the_present_predictions():

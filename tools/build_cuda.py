@@ -28,7 +28,9 @@ OLDEST_NVCC = (12, 0)  # the first with C++20 and sm_90a
 ARCHITECTURES = "8.0+PTX 9.0a 10.0 12.0"
 OLDEST_ARCHITECTURE = 80
 
-# The enums of csrc/cuda/params.h. Each pair is an object of its own, as it takes nvcc a while.
+# The enums of csrc/cuda/params.h. Of these sources each pair is an object of its own, as it takes
+# nvcc a while.
+SCANS = ("block_scan.cu", "grid_scan.cu")
 CELLS = ("kLstm", "kGru", "kRnn")
 PRODUCTS = ("kBf16", "kF16", "kTf32", "kTf32x3", "kIeee")
 
@@ -66,7 +68,7 @@ class Toolkit:
             command += ["-Xcompiler", flag]
         for code in self.codes:
             command.append(f"-gencode=arch=compute_{code.partition('_')[2]},code={code}")
-        if Path(source).name != "block_scan.cu":
+        if Path(source).name not in SCANS:
             return [(source, "", command)]
         return [
             (

@@ -1,15 +1,16 @@
 """Every kernel of csrc/cuda, compiled for GPUs that are not here: what each uses and what is wrong.
 
 Compiles as setup.py does, one architecture at a time, and reads what a kernel uses from what ptxas
-says and from the machine code: registers, spills, tensor core instructions. Holds that against
-fused_rnn/cuda/planning.py and the GPU's limits. As a program it prints the table, and exits with 1
-if there are faults. Needs nvcc, and cuobjdump of the toolkit or of Triton.
+says and from the machine code: registers, spills, tensor core instructions, acquires and releases.
+Holds that against fused_rnn/cuda/planning.py and the GPU's limits. As a program it prints the
+table, and exits with 1 if there are faults. Needs nvcc, and cuobjdump of the toolkit or of Triton.
 """
 
 import argparse
 import csv
 import functools
 import importlib.util
+import itertools
 import os
 import re
 import shlex
@@ -31,14 +32,40 @@ from fused_rnn.cuda import planning
 from fused_rnn.plan import DEVICES, Device, Shape
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("csrc/cuda/block_scan.cu", "csrc/cuda/pointwise.cu")
-UNITS = [f"{cell}_{kind}" for cell in build_cuda.CELLS for kind in build_cuda.PRODUCTS]
-POINTWISE = "pointwise"
+CELLS = dict(zip(("lstm", "gru", "rnn"), build_cuda.CELLS))
+PRODUCTS = dict(zip(planning.PRODUCTS, build_cuda.PRODUCTS))
+
+
+class Unit(NamedTuple):
+    """What is compiled as one: a source in csrc/cuda, and of a scan's the cell and product."""
+
+    source: str
+    cell: str = ""
+    product: str = ""
+
+    @property
+    def ending(self) -> str:
+        """What the object's name ends with."""
+        return f"_{CELLS[self.cell]}_{PRODUCTS[self.product]}" if self.cell else ""
+
+    def __str__(self):
+        return " ".join([Path(self.source).stem, *filter(None, self[1:])])
+
+
+SCANS = [Unit(*which) for which in itertools.product(build_cuda.SCANS, CELLS, PRODUCTS)]
+POINTWISE = Unit("pointwise.cu")
+UNITS = [*SCANS, POINTWISE]
 
 # Of one multiprocessor, of every architecture here. A block's warps are four, eight ... as far as
 # registers go, a thread's registers a multiple of eight.
 REGISTERS = 65536
-LARGEST_BLOCK_SCAN = 256  # units; csrc/cuda/products.cuh has it too
+# The H for which a source's scans are looked at. 256: csrc/cuda/products.cuh has it too. A grid
+# scan has a multiprocessor for each block of 16 or 32 units.
+MOST_BLOCKS = max(d.multiprocessors for d in DEVICES.values() if d.backend == "cuda")
+SIZES = {
+    "block_scan.cu": range(1, 256 + 1),
+    "grid_scan.cu": range(planning.UNITS, 2 * planning.UNITS * MOST_BLOCKS + 1, planning.UNITS),
+}
 
 # The tensor core instruction of each product: what it multiplies, what it adds in.
 TENSOR_OP = {
@@ -48,6 +75,14 @@ TENSOR_OP = {
     "tf32x3": "HMMA.1688.F32.TF32",
     "ieee": None,
 }
+
+# Accesses at the scope of the GPU, and what orders others by them: after an acquire nothing is read
+# before what the multiprocessor's own cache holds is forgotten; before a release nothing is
+# accessed after the wait for all that was written.
+ACCESS, STRONG = r"(?:LD|ST)G?\.", r"G?\.E(?:\.\w+)*\.STRONG\.GPU"
+LOAD, STORE = f"LD{STRONG}", f"ST{STRONG}"
+ACQUIRE = rf"\b{LOAD}(?: (?!{ACCESS})\S+)* CCTL\.IVALL\b"
+RELEASE = rf"\bMEMBAR\S*\.GPU(?: (?!{ACCESS})\S+)* {STORE}\b"
 
 
 class BlockScan(NamedTuple):
@@ -62,19 +97,40 @@ class BlockScan(NamedTuple):
     sources: int
     parts: int
 
-    @property
-    def unit(self) -> str:
-        """What the object's name ends with that it is in."""
-        kind = build_cuda.PRODUCTS[planning.PRODUCTS.index(self.product)]
-        return f"k{self.cell.capitalize()}_{kind}"
+    family = "block"
 
     @property
-    def direction(self) -> str:
-        return "backward" if self.backward else "forward"
+    def key(self) -> tuple:
+        """What the plan tells it by."""
+        return self[:5]
 
     def __str__(self):
-        size = f"[{self.max_units} {self.held}]"
-        return f"{self.cell} {self.product} {self.direction} {size}"
+        return f"{_title(self)} [{self.max_units} {self.held}]"
+
+
+class GridScan(NamedTuple):
+    """A grid scan, likewise. unit_tiles: 16 units of a block each."""
+
+    cell: str
+    product: str
+    backward: bool
+    unit_tiles: int
+    held: int
+    gates: int
+    parts: int
+
+    family = "grid"
+
+    @property
+    def key(self) -> tuple:
+        return self[:5]
+
+    @property
+    def units(self) -> int:
+        return self.unit_tiles * planning.UNITS
+
+    def __str__(self):
+        return f"{_title(self)} [{self.units} {self.held}]"
 
 
 class Pointwise(NamedTuple):
@@ -86,10 +142,27 @@ class Pointwise(NamedTuple):
         return self.name
 
 
+Kernel = BlockScan | GridScan | Pointwise
+
+
+def direction_of(kernel: BlockScan | GridScan) -> str:
+    return "backward" if kernel.backward else "forward"
+
+
+def unit_of(kernel: BlockScan | GridScan) -> Unit:
+    """The unit that it is in."""
+    return Unit(f"{kernel.family}_scan.cu", kernel.cell, kernel.product)
+
+
+def _title(kernel: BlockScan | GridScan) -> str:
+    return f"{unit_of(kernel)} {direction_of(kernel)}"
+
+
 class Report(NamedTuple):
     """What a compiled kernel uses. registers, stack: of a thread; spilled: bytes, stores and loads;
     local: instructions that touch local memory; threads: the most a block may have; shared: bytes
-    besides those of the launch; ops: how many there are of each instruction."""
+    besides those of the launch; ops: how many there are of each instruction; acquires, releases: of
+    the loads and stores at the scope of the GPU."""
 
     registers: int
     stack: int
@@ -98,6 +171,8 @@ class Report(NamedTuple):
     threads: int
     shared: int
     ops: Counter
+    acquires: int = 0
+    releases: int = 0
 
     @property
     def tensor_ops(self) -> int:
@@ -138,23 +213,42 @@ def device_of(architecture: str) -> Device:
     return next(d for d in DEVICES.values() if d.backend == "cuda" and d.arch == number)
 
 
-def parse_name(name: str) -> BlockScan | Pointwise:
+# What the symbols of scans are like; one with a lane or traits of another kernel is none.
+SCAN_NAMES = {
+    scan: re.compile(
+        rf"void {scan.family}_(?P<way>(?P<backward>backward)|forward)"
+        r"<(?P<cell>Lstm|Gru|Rnn)(?i:(?P=way))Lane<\(Product\)(?P<product>\d), "
+        rf"{place} ?>, {traits} ?>\("
+    )
+    for scan, place, traits in (
+        (
+            BlockScan,
+            r"BlockPlace",
+            r"ProductTraits<\(Product\)(?P=product), (?P<gates>\d), (?P<max_units>\d+), "
+            r"(?P<held>\d+), (?P<sources>\d), (?P<parts>\d)>",
+        ),
+        (
+            GridScan,
+            r"GridPlace<(?P<unit_tiles>\d)>",
+            r"GridTraits<\(Product\)(?P=product), (?P<gates>\d), (?(backward)true|false), "
+            r"(?P<parts>\d), (?P<held>\d+), (?P=unit_tiles)>",
+        ),
+    )
+}
+
+
+def parse_name(name: str) -> Kernel:
     """The kernel of a demangled symbol, such as void fused_rnn::cuda::block_forward<...>(...)."""
     name = name.replace("fused_rnn::cuda::", "").replace("fused_rnn::", "")
-    found = re.match(
-        r"void block_(forward|backward)<(Lstm|Gru|Rnn)(Forward|Backward)Lane<\(Product\)(\d)>, "
-        r"ProductTraits<\(Product\)(\d), (\d), (\d+), (\d+), (\d), (\d)> ?>\(",
-        name,
-    )
+    for scan, pattern in SCAN_NAMES.items():
+        if found := pattern.match(name):
+            product = planning.PRODUCTS[int(found["product"])]
+            numbers = {field: int(found[field]) for field in scan._fields[3:]}
+            return scan(found["cell"].lower(), product, found["backward"] is not None, **numbers)
+    found = re.match(r"void (\w+(?:<[\w, ]+>)?)\(", name)
     if not found:
-        return Pointwise(re.match(r"void (\w+(?:<[\w, ]+>)?)\(", name)[1])
-    way, cell, lane_way, lane_product, product, gates, units, held, sources, parts = found.groups()
-    if (way, lane_product) != (lane_way.lower(), product):
-        raise ValueError(f"a lane of another kernel: {name}")
-    return BlockScan(
-        *(cell.lower(), planning.PRODUCTS[int(product)], way == "backward"),
-        *map(int, (units, held, gates, sources, parts)),
-    )
+        raise ValueError(f"no kernel has a name like {name}")
+    return Pointwise(found[1])
 
 
 def _run(command, text: str | None = None) -> str:
@@ -165,16 +259,15 @@ def _run(command, text: str | None = None) -> str:
 
 
 def compile_unit(
-    toolkit: build_cuda.Toolkit, architecture: str, unit: str, flags: tuple[str, ...] = ()
-) -> dict[BlockScan | Pointwise, Report]:
-    """The kernels of a unit, "kLstm_kBf16" ... or "pointwise", compiled for "sm_80" ..."""
+    toolkit: build_cuda.Toolkit, architecture: str, unit: Unit, flags: tuple[str, ...] = ()
+) -> dict[Kernel, Report]:
+    """The kernels of a unit, compiled for "sm_80" ..."""
     one = replace(toolkit, codes=(architecture,))
     cxx = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     source, command = next(
         (source, command)
-        for path in SOURCES
-        for source, ending, command in one.compilations(path, cxx)
-        if unit == (ending.removeprefix("_") or Path(source).stem)
+        for source, ending, command in one.compilations(str(Path("csrc/cuda", unit.source)), cxx)
+        if ending == unit.ending
     )
     cuobjdump = find_cuobjdump(toolkit.nvcc)
     with tempfile.TemporaryDirectory() as folder:
@@ -190,7 +283,7 @@ def _sections(text: str, title: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2]))
 
 
-def _read(said: str, code: str, elf: str) -> dict[BlockScan | Pointwise, Report]:
+def _read(said: str, code: str, elf: str) -> dict[Kernel, Report]:
     """Reports from what ptxas says, the machine code, and the attributes of the kernels."""
     said_of = _sections(said, r"Compiling entry function '(\w+)' for")
     code_of = _sections(code, r"^\s*Function : (\w+)$")
@@ -201,10 +294,9 @@ def _read(said: str, code: str, elf: str) -> dict[BlockScan | Pointwise, Report]
     names = _run(["c++filt"], "\n".join(symbols)).splitlines()
     reports = {}
     for symbol, name in zip(symbols, names):
-        said, ops = (
-            said_of[symbol],
-            re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)", code_of[symbol]),
-        )
+        said = said_of[symbol]
+        ops = re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)", code_of[symbol])
+        in_order = " ".join(ops)
 
         def total(pattern, said=said):
             return sum(int(each) for each in re.findall(pattern, said))
@@ -221,6 +313,8 @@ def _read(said: str, code: str, elf: str) -> dict[BlockScan | Pointwise, Report]
             threads=x * y * z,
             shared=total(r"(\d+) bytes smem"),
             ops=Counter(ops),
+            acquires=len(re.findall(ACQUIRE, in_order)),
+            releases=len(re.findall(RELEASE, in_order)),
         )
         if not report.registers or not ops:
             raise RuntimeError(f"nothing is known of {name}: {said}")
@@ -228,37 +322,42 @@ def _read(said: str, code: str, elf: str) -> dict[BlockScan | Pointwise, Report]
     return reports
 
 
-def shape_of(cell: str, product: str, hidden: int, backward: bool) -> Shape:
-    dtype = getattr(torch, product) if product in ("bfloat16", "float16") else torch.float32
-    precision = product if dtype == torch.float32 else "ieee"
-    return Shape(cell, 1, 1, hidden, dtype, precision=precision, backward=backward)
+def shape_of(unit: Unit, hidden: int, backward: bool) -> Shape:
+    dtype = getattr(torch, unit.product) if unit.product in planning.HALVES else torch.float32
+    precision = unit.product if dtype == torch.float32 else "ieee"
+    return Shape(unit.cell, 1, 1, hidden, dtype, precision=precision, backward=backward)
 
 
 @functools.cache
-def planned(unit: str) -> dict[tuple, tuple[int, ...]]:
-    """The block scans the plan knows of a unit, as BlockScan begins, and the H that run them."""
-    cell, kind = unit.removeprefix("k").split("_")
-    cell, product = cell.lower(), planning.PRODUCTS[build_cuda.PRODUCTS.index(kind)]
+def planned(unit: Unit) -> dict[tuple, dict[int, planning.Block | planning.Grid]]:
+    """The scans the plan knows of a unit: by their keys the H that run them, and their plans. (Of
+    grid scans, for one group of rows.)"""
     found: dict = {}
-    for backward in (False, True):
-        for hidden in range(1, LARGEST_BLOCK_SCAN + 1):
-            block = planning.block_kernel(shape_of(cell, product, hidden, backward))
-            if block:
-                key = (cell, product, backward, block.max_units, block.held)
-                found[key] = (*found.get(key, ()), hidden)
+    for backward, hidden in itertools.product((False, True), SIZES[unit.source]):
+        shape = shape_of(unit, hidden, backward)
+        if unit.source == "block_scan.cu":
+            plans = [planning.block_kernel(shape)]
+        else:
+            widths = (planning.UNITS, 2 * planning.UNITS)
+            plans = [planning.grid_kernel(shape, planning.GROUP, units) for units in widths]
+        for plan in filter(None, plans):
+            size = plan.max_units if plan.kind == "block" else plan.units // planning.UNITS
+            key = (unit.cell, unit.product, backward, size, plan.held)
+            found.setdefault(key, {})[hidden] = plan
     return found
 
 
-def largest(device: Device, kernel: BlockScan) -> tuple[int, int]:
+def fits(device: Device, plan: planning.Block | planning.Grid) -> bool:
+    resident = plan.kind == "block" or plan.slices <= planning.blocks_together(device)
+    return resident and plan.shared <= device.shared
+
+
+def largest(device: Device, kernel: BlockScan | GridScan) -> tuple[int, int]:
     """The largest H that runs a kernel on a device, with the shared memory of its launch; zeros if
     none does."""
-    sizes = planned(kernel.unit).get(kernel[:5], ())
-    for hidden in reversed(sizes):
-        shape = shape_of(kernel.cell, kernel.product, hidden, kernel.backward)
-        block = planning.block_plan(device, shape)
-        if block:
-            return hidden, block.shared
-    return 0, 0
+    plans = planned(unit_of(kernel)).get(kernel.key, {})
+    sizes = [hidden for hidden, plan in plans.items() if fits(device, plan)]
+    return (sizes[-1], plans[sizes[-1]].shared) if sizes else (0, 0)
 
 
 def registers_of(report: Report) -> int:
@@ -269,12 +368,12 @@ def registers_of(report: Report) -> int:
 
 def operand_bytes(kernel: BlockScan) -> int:
     """Shared memory of a block's operands, as the kernel has it from its template arguments."""
-    size = 2 if kernel.product in ("bfloat16", "float16") else 4
+    size = 2 if kernel.product in planning.HALVES else 4
     row = -(-kernel.max_units * size // 64) * 64 + 16
     return 2 * kernel.parts * kernel.sources * planning.ROWS * row
 
 
-def faults(device: Device, kernel: BlockScan | Pointwise, report: Report) -> list[str]:
+def faults(device: Device, kernel: Kernel, report: Report) -> list[str]:
     """What is wrong with a compiled kernel."""
     found = []
     if report.spilled or report.local:
@@ -286,58 +385,92 @@ def faults(device: Device, kernel: BlockScan | Pointwise, report: Report) -> lis
         )
     if isinstance(kernel, Pointwise):
         return found
-
-    hidden = planned(kernel.unit).get(kernel[:5])
-    if not hidden:
-        found.append("is not one of the plan's")
-    else:
-        shape = shape_of(kernel.cell, kernel.product, hidden[-1], kernel.backward)
-        block = planning.block_kernel(shape)
-        if hidden[-1] != kernel.max_units:
-            found.append(f"is planned up to H = {hidden[-1]} only")
-        if block.threads > report.threads:
-            found.append(f"has at most {report.threads} threads, planned are {block.threads}")
-        if planning.operand_bytes(shape, kernel.max_units) != operand_bytes(kernel):
-            found.append(
-                f"has operands of {operand_bytes(kernel)} bytes, the plan of "
-                f"{planning.operand_bytes(shape, kernel.max_units)}"
-            )
-        if shape.gates != kernel.gates:
-            found.append(f"has {kernel.gates} gates, the plan {shape.gates}")
+    found += _faults_of_plan(kernel, report)
     _, shared = largest(device, kernel)
     if report.shared + shared > device.shared:
         found.append(
             f"needs {report.shared + shared} bytes of shared memory, {device.name} has "
             f"{device.shared}"
         )
-
-    wanted = TENSOR_OP[kernel.product]
-    if wanted is None and report.tensor_ops:
-        found.append(f"has {report.tensor_ops} tensor core instructions, and should have none")
-    elif wanted is not None:
-        # One a step along k, gate and part at the least: all the loops are unrolled.
-        steps = kernel.max_units // (16 if kernel.product in ("bfloat16", "float16") else 8)
-        each = 3 if kernel.product == "tf32x3" else kernel.parts
-        fewest = steps * kernel.gates * each
-        if report.ops[wanted] < fewest:
-            found.append(f"has {report.ops[wanted]} {wanted}, {fewest} are the least")
-        if report.tensor_ops != report.ops[wanted]:
-            others = sorted(set(report.matching("HMMA")) - {wanted})
-            found.append(f"has tensor core instructions of another product: {' '.join(others)}")
-        if not report.matching("LDSM"):
-            found.append("does not load its operands by ldmatrix")
+    found += _faults_of_product(kernel, report)
+    if isinstance(kernel, GridScan):
+        found += _faults_of_order(report)
+    elif TENSOR_OP[kernel.product] and not report.matching("LDSM"):
+        found.append("does not load its operands by ldmatrix")
     return found
 
 
-def missing(unit: str, kernels) -> list[str]:
+def _faults_of_plan(kernel: BlockScan | GridScan, report: Report) -> list[str]:
+    """Where the plan has it otherwise."""
+    plans = planned(unit_of(kernel)).get(kernel.key)
+    if not plans:
+        return ["is not one of the plan's"]
+    found, hidden = [], max(plans)
+    shape = shape_of(unit_of(kernel), hidden, kernel.backward)
+    threads = 32 * planning.WARPS
+    if isinstance(kernel, BlockScan):
+        threads = plans[hidden].threads
+        if hidden != kernel.max_units:
+            found.append(f"is planned up to H = {hidden} only")
+        if planning.operand_bytes(shape, kernel.max_units) != operand_bytes(kernel):
+            found.append(
+                f"has operands of {operand_bytes(kernel)} bytes, the plan of "
+                f"{planning.operand_bytes(shape, kernel.max_units)}"
+            )
+    if threads > report.threads:
+        found.append(f"has at most {report.threads} threads, planned are {threads}")
+    if shape.gates != kernel.gates:
+        found.append(f"has {kernel.gates} gates, the plan {shape.gates}")
+    return found
+
+
+def _faults_of_product(kernel: BlockScan | GridScan, report: Report) -> list[str]:
+    wanted = TENSOR_OP[kernel.product]
+    if wanted is None:
+        if not report.tensor_ops:
+            return []
+        return [f"has {report.tensor_ops} tensor core instructions, and should have none"]
+    found = []
+    # At the least, for each tile of weights and part of the operand: of a block scan, all of whose
+    # loops are unrolled, one a step along k; of a grid scan one a chunk of 8 rows and each of the
+    # two steps whose weights are held together.
+    if isinstance(kernel, BlockScan):
+        fewest = kernel.gates * kernel.max_units // (16 if kernel.product in planning.HALVES else 8)
+    else:
+        shape = shape_of(unit_of(kernel), planning.UNITS, kernel.backward)
+        tiles = planning.grid_tiles(shape, kernel.units)
+        fewest = tiles * 2 * kernel.held * (planning.GROUP // planning.ROWS)
+    fewest *= 3 if kernel.product == "tf32x3" else kernel.parts
+    if report.ops[wanted] < fewest:
+        found.append(f"has {report.ops[wanted]} {wanted}, {fewest} are the least")
+    if report.tensor_ops != report.ops[wanted]:
+        others = sorted(set(report.matching("HMMA")) - {wanted})
+        found.append(f"has tensor core instructions of another product: {' '.join(others)}")
+    return found
+
+
+def _faults_of_order(report: Report) -> list[str]:
+    """Where blocks that pass on memory to one another would not see what was written."""
+    found = []
+    for access, what, ordered in (
+        (LOAD, "acquires", report.acquires),
+        (STORE, "releases", report.releases),
+    ):
+        strong = sum(count for op, count in report.ops.items() if re.fullmatch(access, op))
+        if not ordered or ordered < strong:
+            found.append(f"has {ordered} {what} in {strong} accesses at the scope of the GPU")
+    return found
+
+
+def missing(unit: Unit, kernels) -> list[str]:
     """The plan's kernels that a unit does not have."""
     if unit == POINTWISE:
         return []
-    has = {kernel[:5] for kernel in kernels}
-    return [f"{' '.join(map(str, key))} is not there" for key in planned(unit) if key not in has]
+    has = {kernel.key for kernel in kernels}
+    return [f"{unit.source} lacks {key}" for key in planned(unit) if key not in has]
 
 
-def compile_all(toolkit, pairs: list[tuple[str, str]], jobs: int = 2):
+def compile_all(toolkit, pairs: list[tuple[str, Unit]], jobs: int = 2):
     """Yields (architecture, kernel, report, faults) of every kernel of the pairs (architecture,
     unit). kernel and report are None for what is not there, or does not compile."""
 
@@ -360,8 +493,9 @@ def compile_all(toolkit, pairs: list[tuple[str, str]], jobs: int = 2):
 
 
 COLUMNS = (
-    *("architecture", "kernel", "cell", "product", "direction", "max_units", "held", "threads"),
-    *("registers", "spilled", "largest_H", "shared", "tensor_ops", "ldmatrix", "faults"),
+    *("architecture", "kernel", "cell", "product", "direction", "max_units", "block_units"),
+    *("held", "threads", "registers", "spilled", "largest_H", "shared", "tensor_ops"),
+    *("ldmatrix", "faults"),
 )
 
 
@@ -369,10 +503,12 @@ def row_of(architecture, kernel, report, wrong) -> tuple:
     """A row of the table; shared is of the launch at the largest H that runs on the device."""
     if kernel is None:
         return (architecture, *("",) * (len(COLUMNS) - 2), "; ".join(wrong))
-    name, which, sizes = str(kernel), ("",) * 5, ("", "")
-    if isinstance(kernel, BlockScan):
-        name = f"block_{kernel.direction}"
-        which = (kernel.cell, kernel.product, kernel.direction, kernel.max_units, kernel.held)
+    name, which, sizes = str(kernel), ("",) * 6, ("", "")
+    if not isinstance(kernel, Pointwise):
+        direction = direction_of(kernel)
+        name = f"{kernel.family}_{direction}"
+        units = (kernel.max_units, "") if isinstance(kernel, BlockScan) else ("", kernel.units)
+        which = (kernel.cell, kernel.product, direction, *units, kernel.held)
         sizes = largest(device_of(architecture), kernel)
         sizes = sizes if sizes[0] else ("", "")
     ldmatrix = sum(report.matching("LDSM").values())
@@ -386,7 +522,7 @@ def row_of(architecture, kernel, report, wrong) -> tuple:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python tools/cuda_aot.py", description=__doc__)
     parser.add_argument("architectures", nargs="*", help="sm_80 ...; all that are built by default")
-    parser.add_argument("--match", default="", help="only units whose name has this")
+    parser.add_argument("--match", default="", help='only units of this name: "grid_scan lstm"')
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--quiet", action="store_true", help="only faults and the summary")
     parser.add_argument("--csv", help="write the table to this file too")
@@ -399,8 +535,8 @@ def main(arguments: list[str] | None = None) -> int:
     pairs = [
         (architecture, unit)
         for architecture in options.architectures or architectures(toolkit)
-        for unit in (*UNITS, POINTWISE)
-        if options.match in unit
+        for unit in UNITS
+        if options.match in str(unit)
     ]
     begin, rows, faulty = time.monotonic(), [], 0
     for architecture, kernel, report, wrong in compile_all(toolkit, pairs, options.jobs):

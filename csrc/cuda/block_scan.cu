@@ -45,18 +45,18 @@ template <Cell kCell, Product kProduct>
 struct Lanes;
 template <Product kProduct>
 struct Lanes<Cell::kLstm, kProduct> {
-  using Forward = LstmForwardLane<kProduct>;
-  using Backward = LstmBackwardLane<kProduct>;
+  using Forward = LstmForwardLane<kProduct, BlockPlace>;
+  using Backward = LstmBackwardLane<kProduct, BlockPlace>;
 };
 template <Product kProduct>
 struct Lanes<Cell::kGru, kProduct> {
-  using Forward = GruForwardLane<kProduct>;
-  using Backward = GruBackwardLane<kProduct>;
+  using Forward = GruForwardLane<kProduct, BlockPlace>;
+  using Backward = GruBackwardLane<kProduct, BlockPlace>;
 };
 template <Product kProduct>
 struct Lanes<Cell::kRnn, kProduct> {
-  using Forward = RnnForwardLane<kProduct>;
-  using Backward = RnnBackwardLane<kProduct>;
+  using Forward = RnnForwardLane<kProduct, BlockPlace>;
+  using Backward = RnnBackwardLane<kProduct, BlockPlace>;
 };
 
 // Calls use.operator()<Lane, Traits>() for the smallest size that H fits, or does nothing.

@@ -3,7 +3,7 @@
 // gradients) crosses warps, through one of two buffers in shared memory, with one barrier a step.
 #pragma once
 
-#include "cuda/block_cells.cuh"
+#include "cuda/cells.cuh"
 
 namespace fused_rnn::cuda {
 
@@ -30,7 +30,7 @@ block_forward(FUSED_RNN_PARAMS Params<typename Lane::Call> params) {
   const typename Lane::Call& p = params.call;
   const Layer& layer = p.layer;
   BlockShared<Traits>& shared = shared_memory<BlockShared<Traits>>();
-  const Place place(layer, params.first_entry);
+  const BlockPlace place(layer, params.first_entry);
   const bool backwards = is_reversed(params, block_y());
   const int64_t T = layer.steps, H = layer.hidden;
 
@@ -106,7 +106,7 @@ FUSED_RNN_DEVICE void pass_back(Lane& lane, const Weights<Traits>& weights,
   Sums<Traits> sums;
   weights.multiply(sums, operand);
   FUSED_RNN_UNROLL
-  for (int i = 0; i < kSlots; ++i) lane.dh[i] += sums.of[0][i] + sums.of[1][i];
+  for (int i = 0; i < kSlots; ++i) lane.dh[i] += sums.all(i);
 }
 
 template <class Lane, class Traits>
@@ -117,7 +117,7 @@ block_backward(FUSED_RNN_PARAMS Params<typename Lane::Call> params) {
   const typename Lane::Call& p = params.call;
   const Layer& layer = p.layer;
   BlockShared<Traits>& shared = shared_memory<BlockShared<Traits>>();
-  const Place place(layer, params.first_entry);
+  const BlockPlace place(layer, params.first_entry);
   const bool backwards = is_reversed(params, block_y());
   const int64_t T = layer.steps, H = layer.hidden;
 
@@ -133,7 +133,8 @@ block_backward(FUSED_RNN_PARAMS Params<typename Lane::Call> params) {
   Lane lane;
   int64_t t = backwards ? 0 : T - 1;
   const int64_t direction = backwards ? 1 : -1;
-  lane.start(p, place, t);
+  lane.start(p, place);
+  lane.begin(p, place, t);
   int bits[2];
   get_flags(bits, place, layer, t);
   lane.read(p, place, t, t + direction, T > 1);

@@ -22,8 +22,16 @@ struct Grid {
 
 #if defined(FUSED_RNN_EMULATOR)
 
+// together: all blocks are resident at the same time.
 template <class Argument>
-void launch(void (*kernel)(const Argument), const Grid& grid, const Argument& argument, void*) {
+void launch(void (*kernel)(const Argument), const Grid& grid, const Argument& argument, void*,
+            bool together = false) {
+  const int resident = emulator::options().resident;
+  if (together) emulator::options().resident = static_cast<int>(grid.x * grid.y);
+  const struct Restore {
+    int resident;
+    ~Restore() { emulator::options().resident = resident; }
+  } restore{resident};
   emulator::run(
       kernel, {static_cast<int>(grid.x), static_cast<int>(grid.y), grid.threads, grid.shared_bytes},
       argument);
@@ -37,24 +45,40 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("fused_rnn: ") + what + ": " + cudaGetErrorString(error));
 }
 
+// More shared memory than a kernel has by itself has to be asked for.
+template <class Argument>
+void allow_shared(void (*kernel)(const Argument), size_t bytes) {
+  if (bytes <= 48 * 1024) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(bytes)),
+        "the GPU does not have the shared memory a scan of this size needs");
+}
+
+// together: all blocks are resident at the same time, or the launch fails.
 template <class Argument>
 void launch(void (*kernel)(const Argument), const Grid& grid, const Argument& argument,
-            void* stream) {
-  if (grid.shared_bytes > 48 * 1024) {  // more than that has to be asked for
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(grid.shared_bytes)),
-          "the GPU does not have the shared memory a block scan of this size needs");
-  }
+            void* stream, bool together = false) {
+  allow_shared(kernel, grid.shared_bytes);
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
   Argument copy = argument;
   void* arguments[] = {&copy};
-  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), blocks,
-                         dim3(static_cast<unsigned>(grid.threads)), arguments, grid.shared_bytes,
-                         static_cast<cudaStream_t>(stream)),
+  const auto start = together ? cudaLaunchCooperativeKernel<void> : cudaLaunchKernel<void>;
+  check(start(reinterpret_cast<void*>(kernel), blocks, dim3(static_cast<unsigned>(grid.threads)),
+              arguments, grid.shared_bytes, static_cast<cudaStream_t>(stream)),
         "a kernel could not be launched");
 }
 
 #endif
+
+// Says which stack entries a launch begins with, and the directions of so many of them.
+template <class Call>
+void set_directions(Params<Call>& params, int64_t first, int64_t entries) {
+  params.first_entry = first;
+  std::fill(std::begin(params.reverse_bits), std::end(params.reverse_bits), 0u);
+  for (int64_t s = 0; s < entries; ++s) {
+    if (params.call.layer.reverse[first + s]) params.reverse_bits[s / 32] |= 1u << (s % 32);
+  }
+}
 
 // Launches of at most kLaunchEntries stack entries, their directions in bits. `params` is part of
 // `argument`, what the kernel takes.
@@ -64,11 +88,7 @@ void launch_stack(void (*kernel)(const Argument), Grid grid, Argument& argument,
   const Layer& layer = params.call.layer;
   for (int64_t first = 0; first < layer.stack; first += kLaunchEntries) {
     const int64_t entries = std::min<int64_t>(kLaunchEntries, layer.stack - first);
-    params.first_entry = first;
-    std::fill(std::begin(params.reverse_bits), std::end(params.reverse_bits), 0u);
-    for (int64_t s = 0; s < entries; ++s) {
-      if (layer.reverse[first + s]) params.reverse_bits[s / 32] |= 1u << (s % 32);
-    }
+    set_directions(params, first, entries);
     grid.y = entries;
     launch(kernel, grid, argument, stream);
   }

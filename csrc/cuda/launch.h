@@ -16,6 +16,9 @@ void use_device(int index);
 // Whether the library has code for a GPU.
 bool has_code_for(int index);
 
+// Fills memory of the current GPU with zeros, on a stream.
+void fill_zero(void* data, size_t bytes, void* stream);
+
 // What one block of a block scan takes. threads = 0: H is more than any of its kernels take.
 struct BlockNeeds {
   int threads = 0;
@@ -29,6 +32,58 @@ struct BlockScan {
   template <class Call>
   static void launch(const Call& call, void* stream);
 };
+
+// Left in memory of the host by the first grid scan of which a block waited in vain for another.
+struct Lost {
+  int32_t raised = 0;   // the others hold
+  int32_t scan = 0;     // number_of_scan()
+  int64_t step = 0;     // in the order of the scan, of T
+  int32_t block_x = 0;  // the block that gave up: its slice and, in the launch, its pair
+  int32_t block_y = 0;
+  int32_t awaited = 0;  // the slice it waited for
+};
+// The process's record, which GPUs may write.
+Lost* lost_record();
+
+// What a block of a grid scan has: rows of a batch tile, a multiple of 8, and hidden units, 16
+// or 32.
+struct GridTile {
+  int64_t rows = 0;
+  int64_t units = 16;
+};
+
+// What one launch of a grid scan takes: `pairs` (entry, batch tile) pairs of a call from `first`
+// on, numbered tile by tile, each with a grid of blocks of its own.
+struct GridWork {
+  int64_t first = 0;
+  int64_t pairs = 0;
+  GridTile tile;
+  void* exchange = nullptr;     // exchange_bytes of each pair
+  uint32_t* arrived = nullptr;  // [pairs, arrived_stride], zero
+  int64_t arrived_stride = 0;
+  uint32_t* claimed = nullptr;  // zero
+};
+
+struct GridNeeds {
+  int64_t slices = 0;  // 0: there is no such kernel; blocks of a pair, of kGridThreads threads, all
+                       // resident together
+  size_t shared_bytes = 0;
+  size_t exchange_bytes = 0;  // of a pair
+  bool zeroed = false;        // whether these have to be zero
+};
+
+// The grid scans of one cell and product.
+template <Cell kCell, Product kProduct>
+struct GridScan {
+  static GridNeeds needs(int64_t hidden, const GridTile& tile, bool backward);
+  // How many blocks the current GPU runs at the same time, as it says itself.
+  static int64_t resident(int64_t hidden, const GridTile& tile, bool backward);
+  template <class Call>
+  static void launch(const Call& call, const GridWork& work, void* stream);
+};
+constexpr int32_t number_of_scan(Cell cell, Product product, bool backward) {
+  return (static_cast<int32_t>(cell) * 5 + static_cast<int32_t>(product)) * 2 + backward;
+}
 
 // The pointwise kernels of a step, one a phase; see pointwise.cuh.
 enum class Phase : int32_t {

@@ -1,6 +1,7 @@
 // The operators fused_rnn::cuda_scan_*: waist/operators.h with the kernels of this folder. Besides
 // the waist's arguments they take what fused_rnn/cuda decides: the kernel (0 by steps, 1 a block
-// scan), how float32 products are taken (a member of PRECISIONS, by its place) and the stream.
+// scan, 2 a grid scan, 3 one with blocks of 32 units), the rows of a grid scan's batch tiles, how
+// float32 products are taken (a member of PRECISIONS, by its place) and the stream.
 #include "cuda/launch.h"
 #include "cuda/steps.h"
 #include "waist/operators.h"
@@ -53,22 +54,45 @@ BlockNeeds needs_of(const Call& call) {
   return BlockScan<kCellOf<Call>, kProduct>::needs(call.layer.hidden, kBackward<Call>);
 }
 
+// Calls that find a grid scan before them lost say so, once. An emulated one is found at once.
+bool has_lost_one = false;
+
+void complain_of_the_lost() {
+  const volatile Lost* lost = lost_record();
+  if (!lost->raised) return;
+  has_lost_one = true;
+  const int32_t number = lost->scan;
+  const int64_t step = lost->step;
+  const int32_t x = lost->block_x, y = lost->block_y, awaited = lost->awaited;
+  lost_record()->raised = 0;
+  const char* const cells[] = {"lstm", "gru", "rnn"};
+  const char* const products[] = {"bfloat16", "float16", "tf32", "tf32x3", "ieee"};
+  STD_TORCH_CHECK(false, "a grid scan before this call was given up: ", cells[number / 10],
+                  number % 2 ? " backward, " : " forward, ", products[number / 2 % 5], ", step ",
+                  step, ": block (", x, ", ", y, ") waited in vain for block (", awaited, ", ", y,
+                  "). Its results are NaN. From now on this process runs no grid scans");
+}
+
+GridTile tile_of(int64_t kernel, int64_t rows) { return {rows, kernel == 3 ? 32 : 16}; }
+
 struct Run {
-  int64_t kernel, precision, stream;
+  int64_t kernel, rows, precision, stream;
   const Tensor& w_hh;
   MaybeTensor w_hr;
 
-  // Eight rows within 2^31 elements of the first; see rows.cuh.
-  static constexpr int64_t kMaxRow = int64_t{1} << 27;
+  // Sixteen rows within 2^31 elements of the first; see rows.cuh and grid_scan.cuh.
+  static constexpr int64_t kMaxRow = int64_t{1} << 26;
 
   void check(const Tensor& w) const {
     STD_TORCH_CHECK(kEmulated ? w.is_cpu() : w.is_cuda(), "w_hh must be a ",
                     kEmulated ? "CPU" : "CUDA", " tensor");
-    STD_TORCH_CHECK(kernel == 0 || kernel == 1, "kernel must be 0 or 1, got ", kernel);
+    STD_TORCH_CHECK(0 <= kernel && kernel <= 3, "kernel must be 0, 1, 2 or 3, got ", kernel);
+    STD_TORCH_CHECK(kernel < 2 || (8 <= rows && rows <= 128 && rows % 8 == 0),
+                    "rows must be a multiple of 8 up to 128, got ", rows);
     STD_TORCH_CHECK(0 <= precision && precision <= 2, "precision must be 0, 1 or 2, got ",
                     precision);
   }
-  int64_t max_row() const { return kernel == 1 ? kMaxRow : INT64_MAX; }
+  int64_t max_row() const { return kernel == 0 ? INT64_MAX : kMaxRow; }
 
   template <class Call>
   void operator()(const Call& call, const Arguments& arguments) const {
@@ -79,38 +103,83 @@ struct Run {
     for (const Memory& m : arguments.memory()) touches(m.data, m.bytes, m.written, m.name);
     void* on = reinterpret_cast<void*>(stream);
     use_device(w_hh.get_device_index());
+    complain_of_the_lost();
     if (kernel == 0) {
       run_steps(call, arguments, w_hh, w_hr, on);
     } else {
-      block(call, arguments, on);
+      keeping_weights(call, arguments, on);
     }
   }
 
  private:
   template <class Call>
-  void block(const Call& call, const Arguments& arguments, void* on) const {
+  void keeping_weights(const Call& call, const Arguments& arguments, void* on) const {
     const Layer& l = call.layer;
     const DType io = arguments.io();
-    STD_TORCH_CHECK(io != DType::kFloat64 && l.out == l.hidden && !w_hr,
-                    "a block scan has no float64 and no projection; kernel 0 has");
+    const char* name = kernel == 1 ? "a block scan" : "a grid scan";
+    STD_TORCH_CHECK(io != DType::kFloat64 && l.out == l.hidden && !w_hr, name,
+                    " has no float64 and no projection; kernel 0 has");
     if constexpr (kCellOf<Call> == Cell::kGru) {
-      STD_TORCH_CHECK(call.reset_after, "a block scan resets after the product; kernel 0 has both");
+      STD_TORCH_CHECK(call.reset_after, name, " resets after the product; kernel 0 has both");
     }
-    STD_TORCH_CHECK(l.stack * l.hidden * 4 <= kMaxRow,
-                    "a block scan takes S * 4 H <= 2^27, got S = ", l.stack, ", H = ", l.hidden);
+    STD_TORCH_CHECK(l.stack * l.hidden * 4 <= kMaxRow, name,
+                    " takes S * 4 H <= 2^26, got S = ", l.stack, ", H = ", l.hidden);
     with_product(io, precision, [&]<Product kProduct>() {
-      STD_TORCH_CHECK(needs_of<kProduct>(call).threads > 0,
-                      "there is no block scan for H = ", l.hidden, "; kernel 0 has any size");
-      BlockScan<kCellOf<Call>, kProduct>::launch(call, on);
+      if (kernel == 1) {
+        STD_TORCH_CHECK(needs_of<kProduct>(call).threads > 0,
+                        "there is no block scan for H = ", l.hidden, "; kernel 0 has any size");
+        BlockScan<kCellOf<Call>, kProduct>::launch(call, on);
+      } else {
+        grid<kProduct>(call, arguments, on);
+      }
     });
+  }
+
+  // As many (entry, batch tile) pairs at a time as the GPU runs together.
+  template <Product kProduct, class Call>
+  void grid(const Call& call, const Arguments& arguments, void* on) const {
+    using Scan = GridScan<kCellOf<Call>, kProduct>;
+    const Layer& l = call.layer;
+    const GridTile tile = tile_of(kernel, rows);
+    const GridNeeds needs = Scan::needs(l.hidden, tile, kBackward<Call>);
+    STD_TORCH_CHECK(needs.slices > 0, "this scan has no kernel 3; kernel 2 it has");
+    const int64_t resident = Scan::resident(l.hidden, tile, kBackward<Call>);
+    STD_TORCH_CHECK(needs.slices <= resident, "a grid scan of H = ", l.hidden, " takes ",
+                    needs.slices, " blocks at the same time, the GPU runs ", resident,
+                    " of them; kernel 0 has any size");
+    STD_TORCH_CHECK(l.steps < int64_t{1} << 28, "a grid scan takes less than 2^28 steps, got ",
+                    l.steps);
+    const int64_t pairs = l.stack * ((l.batch + rows - 1) / rows);
+    GridWork work;
+    work.pairs = std::min(pairs, resident / needs.slices);
+    work.tile = tile;
+    // Counts in lines of their own: of the pairs, and of waits given up.
+    constexpr int64_t kLine = 128;
+    work.arrived_stride = (needs.slices + 31) / 32 * 32;
+    const int64_t counts = work.pairs * work.arrived_stride * 4 + kLine;
+    const int64_t bytes = counts + work.pairs * static_cast<int64_t>(needs.exchange_bytes);
+    const int64_t zeroed = needs.zeroed ? bytes : counts;
+    Tensor memory = torch::stable::new_empty(arguments.like(), {bytes}, ScalarType::Byte);
+    auto* at = static_cast<unsigned char*>(memory.mutable_data_ptr());
+    work.claimed = reinterpret_cast<uint32_t*>(at);
+    work.arrived = reinterpret_cast<uint32_t*>(at + kLine);
+    work.exchange = at + counts;
+    touches(at, static_cast<size_t>(bytes), false, "exchange");
+    touches(at, static_cast<size_t>(zeroed), true, "exchange");
+    touches(lost_record(), sizeof(Lost), true, "lost");
+    for (; work.first < pairs; work.first += work.pairs) {
+      work.pairs = std::min(work.pairs, pairs - work.first);
+      fill_zero(at, static_cast<size_t>(zeroed), on);
+      Scan::launch(call, work, on);
+    }
   }
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(
     const Tensor& gates_x, const Tensor& w_hh, const MaybeTensor& w_hr, const Tensor& h0,
     const Tensor& c0, const MaybeTensor& flags, std::vector<bool> reverse, bool keep_gates,
-    int64_t kernel, int64_t precision, int64_t stream) {
-  const Run run{kernel, precision, stream, w_hh, w_hr};
+    int64_t kernel, int64_t rows, int64_t precision, int64_t stream) {
+  const Run run{kernel, rows, precision, stream, w_hh, w_hr};
   LstmOutputs out =
       run_lstm_forward(run, gates_x, w_hh, w_hr, h0, c0, flags, reverse, true, keep_gates);
   return {out.y, out.h_n, out.c_n, out.cells, out.gates};
@@ -120,8 +189,8 @@ std::tuple<Tensor, Tensor, Tensor> lstm_inference(const Tensor& gates_x, const T
                                                   const MaybeTensor& w_hr, const Tensor& h0,
                                                   const Tensor& c0, const MaybeTensor& flags,
                                                   std::vector<bool> reverse, int64_t kernel,
-                                                  int64_t precision, int64_t stream) {
-  const Run run{kernel, precision, stream, w_hh, w_hr};
+                                                  int64_t rows, int64_t precision, int64_t stream) {
+  const Run run{kernel, rows, precision, stream, w_hh, w_hr};
   LstmOutputs out =
       run_lstm_forward(run, gates_x, w_hh, w_hr, h0, c0, flags, reverse, false, false);
   return {out.y, out.h_n, out.c_n};
@@ -131,8 +200,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_backward(
     const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n,
     const MaybeTensor& dcells, const Tensor& w_hh, const MaybeTensor& w_hr, const Tensor& c0,
     const Tensor& cells, const Tensor& gates, const MaybeTensor& flags, std::vector<bool> reverse,
-    int64_t kernel, int64_t precision, int64_t stream) {
-  const Run run{kernel, precision, stream, w_hh, w_hr};
+    int64_t kernel, int64_t rows, int64_t precision, int64_t stream) {
+  const Run run{kernel, rows, precision, stream, w_hh, w_hr};
   return run_lstm_backward(run, dy, dh_n, dc_n, dcells, w_hh, w_hr, c0, cells, gates, flags,
                            reverse);
 }
@@ -141,8 +210,8 @@ std::tuple<Tensor, Tensor, Tensor> gru_forward(const Tensor& gates_x, const Tens
                                                const MaybeTensor& b_hn, const Tensor& h0,
                                                const MaybeTensor& flags, std::vector<bool> reverse,
                                                bool reset_after, bool keep_gates, int64_t kernel,
-                                               int64_t precision, int64_t stream) {
-  const Run run{kernel, precision, stream, w_hh, {}};
+                                               int64_t rows, int64_t precision, int64_t stream) {
+  const Run run{kernel, rows, precision, stream, w_hh, {}};
   GruOutputs out =
       run_gru_forward(run, gates_x, w_hh, b_hn, h0, flags, reverse, reset_after, true, keep_gates);
   return {out.y, out.h_n, out.gates};
@@ -151,9 +220,9 @@ std::tuple<Tensor, Tensor, Tensor> gru_forward(const Tensor& gates_x, const Tens
 std::tuple<Tensor, Tensor> gru_inference(const Tensor& gates_x, const Tensor& w_hh,
                                          const MaybeTensor& b_hn, const Tensor& h0,
                                          const MaybeTensor& flags, std::vector<bool> reverse,
-                                         bool reset_after, int64_t kernel, int64_t precision,
-                                         int64_t stream) {
-  const Run run{kernel, precision, stream, w_hh, {}};
+                                         bool reset_after, int64_t kernel, int64_t rows,
+                                         int64_t precision, int64_t stream) {
+  const Run run{kernel, rows, precision, stream, w_hh, {}};
   GruOutputs out =
       run_gru_forward(run, gates_x, w_hh, b_hn, h0, flags, reverse, reset_after, false, false);
   return {out.y, out.h_n};
@@ -163,47 +232,81 @@ std::tuple<Tensor, Tensor, Tensor> gru_backward(const MaybeTensor& dy, const May
                                                 const Tensor& w_hh, const Tensor& h0,
                                                 const Tensor& y, const Tensor& gates,
                                                 const MaybeTensor& flags, std::vector<bool> reverse,
-                                                bool reset_after, int64_t kernel, int64_t precision,
-                                                int64_t stream) {
-  const Run run{kernel, precision, stream, w_hh, {}};
+                                                bool reset_after, int64_t kernel, int64_t rows,
+                                                int64_t precision, int64_t stream) {
+  const Run run{kernel, rows, precision, stream, w_hh, {}};
   return run_gru_backward(run, dy, dh_n, w_hh, h0, y, gates, flags, reverse, reset_after);
 }
 
 std::tuple<Tensor, Tensor> rnn_forward(const Tensor& gates_x, const Tensor& w_hh, const Tensor& h0,
                                        const MaybeTensor& flags, std::vector<bool> reverse,
-                                       bool relu, int64_t kernel, int64_t precision,
+                                       bool relu, int64_t kernel, int64_t rows, int64_t precision,
                                        int64_t stream) {
-  const Run run{kernel, precision, stream, w_hh, {}};
+  const Run run{kernel, rows, precision, stream, w_hh, {}};
   return run_rnn_forward(run, gates_x, w_hh, h0, flags, reverse, relu);
 }
 
 std::tuple<Tensor, Tensor> rnn_backward(const MaybeTensor& dy, const MaybeTensor& dh_n,
                                         const Tensor& w_hh, const Tensor& y,
                                         const MaybeTensor& flags, std::vector<bool> reverse,
-                                        bool relu, int64_t kernel, int64_t precision,
+                                        bool relu, int64_t kernel, int64_t rows, int64_t precision,
                                         int64_t stream) {
-  const Run run{kernel, precision, stream, w_hh, {}};
+  const Run run{kernel, rows, precision, stream, w_hh, {}};
   return run_rnn_backward(run, dy, dh_n, w_hh, y, flags, reverse, relu);
 }
 
-// What a block scan needs of a multiprocessor: threads (0: there is none for this H) and bytes of
-// shared memory. cell: 0 LSTM, 1 GRU, 2 RNN; product: of params.h.
-std::tuple<int64_t, int64_t> block_needs(int64_t cell, int64_t product, int64_t hidden,
-                                         bool backward) {
+// use.operator()<Cell, Product>() for the number of a cell (0 LSTM, 1 GRU, 2 RNN) and a product.
+template <class Use>
+void with_scan(int64_t cell, int64_t product, const Use& use) {
   STD_TORCH_CHECK(0 <= cell && cell <= 2 && 0 <= product && product <= 4, "there is no cell ", cell,
                   " or no product ", product);
-  BlockNeeds found;
-  const auto use = [&]<Product kProduct>() {
-    found = cell == 0   ? BlockScan<Cell::kLstm, kProduct>::needs(hidden, backward)
-            : cell == 1 ? BlockScan<Cell::kGru, kProduct>::needs(hidden, backward)
-                        : BlockScan<Cell::kRnn, kProduct>::needs(hidden, backward);
-  };
   const DType io = product == 0   ? DType::kBFloat16
                    : product == 1 ? DType::kFloat16
                                   : DType::kFloat32;
-  with_product(io, product == 2 ? 1 : product == 3 ? 2 : 0, use);
+  with_product(io,
+               product == 2   ? 1
+               : product == 3 ? 2
+                              : 0,
+               [&]<Product kProduct>() {
+                 if (cell == 0) return use.template operator()<Cell::kLstm, kProduct>();
+                 if (cell == 1) return use.template operator()<Cell::kGru, kProduct>();
+                 return use.template operator()<Cell::kRnn, kProduct>();
+               });
+}
+
+// What a block scan needs of a multiprocessor: threads (0: there is none for this H) and bytes of
+// shared memory.
+std::tuple<int64_t, int64_t> block_needs(int64_t cell, int64_t product, int64_t hidden,
+                                         bool backward) {
+  BlockNeeds found;
+  with_scan(cell, product, [&]<Cell kCell, Product kProduct>() {
+    found = BlockScan<kCell, kProduct>::needs(hidden, backward);
+  });
   return {found.threads, static_cast<int64_t>(found.shared_bytes)};
 }
+
+// What a grid scan, kernel 2 or 3, needs for tiles of so many rows: blocks that run together for
+// one entry and tile (0: there is no such kernel), bytes of shared memory of each.
+std::tuple<int64_t, int64_t> grid_needs(int64_t cell, int64_t product, int64_t hidden,
+                                        int64_t kernel, int64_t rows, bool backward) {
+  GridNeeds found;
+  with_scan(cell, product, [&]<Cell kCell, Product kProduct>() {
+    found = GridScan<kCell, kProduct>::needs(hidden, tile_of(kernel, rows), backward);
+  });
+  return {found.slices, static_cast<int64_t>(found.shared_bytes)};
+}
+
+// How many blocks of such a grid scan the current GPU, or the part of it this process may use, runs
+// at the same time.
+int64_t grid_resident(int64_t cell, int64_t product, int64_t hidden, int64_t kernel, int64_t rows,
+                      bool backward) {
+  int64_t found = 0;
+  with_scan(cell, product, [&]<Cell kCell, Product kProduct>() {
+    found = GridScan<kCell, kProduct>::resident(hidden, tile_of(kernel, rows), backward);
+  });
+  return found;
+}
+bool grid_is_lost() { return has_lost_one; }
 
 bool is_emulated() { return kEmulated; }
 bool can_run(int64_t index) { return has_code_for(static_cast<int>(index)); }
@@ -218,7 +321,7 @@ void emulate(int64_t seed, int64_t resident) {
 }  // namespace
 }  // namespace fused_rnn::cuda
 
-#define FUSED_RNN_CHOICE "int kernel, int precision, int stream)"
+#define FUSED_RNN_CHOICE "int kernel, int rows, int precision, int stream)"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_rnn, m) {
   m.def(
@@ -250,6 +353,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_rnn, m) {
       "cuda_scan_rnn_backward(Tensor? dy, Tensor? dh_n, Tensor w_hh, Tensor y, Tensor? flags, "
       "bool[] reverse, bool relu, " FUSED_RNN_CHOICE " -> (Tensor, Tensor)");
   m.def("cuda_block_needs(int cell, int product, int hidden, bool backward) -> (int, int)");
+  m.def(
+      "cuda_grid_needs(int cell, int product, int hidden, int kernel, int rows, bool backward) -> "
+      "(int, int)");
+  m.def(
+      "cuda_grid_resident(int cell, int product, int hidden, int kernel, int rows, bool backward) "
+      "-> int");
+  m.def("cuda_grid_is_lost() -> bool");
   m.def("cuda_is_emulated() -> bool");
   m.def("cuda_has_code_for(int device) -> bool");
 #if defined(FUSED_RNN_EMULATOR)
@@ -274,6 +384,9 @@ STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CUDA, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CompositeExplicitAutograd, m) {
   m.impl("cuda_block_needs", TORCH_BOX(&fused_rnn::cuda::block_needs));
+  m.impl("cuda_grid_needs", TORCH_BOX(&fused_rnn::cuda::grid_needs));
+  m.impl("cuda_grid_resident", TORCH_BOX(&fused_rnn::cuda::grid_resident));
+  m.impl("cuda_grid_is_lost", TORCH_BOX(&fused_rnn::cuda::grid_is_lost));
   m.impl("cuda_is_emulated", TORCH_BOX(&fused_rnn::cuda::is_emulated));
   m.impl("cuda_has_code_for", TORCH_BOX(&fused_rnn::cuda::can_run));
 #if defined(FUSED_RNN_EMULATOR)

@@ -26,4 +26,23 @@ struct Params {
   uint32_t reverse_bits[kLaunchEntries / 32] = {};
 };
 
+// What a grid scan is given; see launch.h and grid_scan.cuh. params.first_entry is the entry of the
+// launch's first pair.
+struct Lost;
+template <class Call>
+struct GridParams {
+  Params<Call> params;
+  int64_t first_pair = 0;  // of the launch's, (entry, tile) pairs being numbered tile by tile
+  int64_t tiles = 0;       // of an entry
+  int rows = 0;            // of a tile
+  int groups = 0;          // of 16 rows, of a whole tile
+  void* exchange = nullptr;
+  uint32_t* arrived = nullptr;
+  int64_t arrived_stride = 0;
+  uint32_t* claimed = nullptr;
+  Lost* lost = nullptr;
+  uint64_t patience = 0;  // how long a wait may last, as now() counts
+  int32_t scan = 0;
+};
+
 }  // namespace fused_rnn::cuda

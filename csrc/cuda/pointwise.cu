@@ -1,4 +1,7 @@
 // The pointwise kernels' launches, and what the library has to do with devices.
+#include <cstring>
+#include <new>
+
 #include "cuda/launch.cuh"
 #include "cuda/pointwise.cuh"
 
@@ -60,6 +63,11 @@ void launch_pointwise(Phase phase, DType dtype, const Pointwise<Call>& pointwise
 #if defined(FUSED_RNN_EMULATOR)
 void use_device(int) {}
 bool has_code_for(int) { return true; }
+void fill_zero(void* data, size_t bytes, void*) { std::memset(data, 0, bytes); }
+Lost* lost_record() {
+  static Lost lost;
+  return &lost;
+}
 #else
 void use_device(int index) {
   // torch has a CUDA runtime of its own. The driver's context is common, and cheap to set again.
@@ -71,6 +79,24 @@ bool has_code_for(int index) {
   const bool found = cudaFuncGetAttributes(&attributes, rnn_step<float>) == cudaSuccess;
   cudaGetLastError();
   return found;
+}
+void fill_zero(void* data, size_t bytes, void* stream) {
+  check(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)),
+        "memory could not be filled with zeros");
+}
+Lost* lost_record() {
+  static Lost* const lost = [] {
+    // (A stream that is being captured is not disturbed by it.)
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    check(cudaThreadExchangeStreamCaptureMode(&mode), "CUDA graphs are not to be had");
+    void* memory = nullptr;
+    const cudaError_t error =
+        cudaHostAlloc(&memory, sizeof(Lost), cudaHostAllocPortable | cudaHostAllocMapped);
+    check(cudaThreadExchangeStreamCaptureMode(&mode), "CUDA graphs are not to be had");
+    check(error, "no memory of the host could be had that GPUs may write");
+    return new (memory) Lost;
+  }();
+  return lost;
 }
 #endif
 

@@ -54,7 +54,9 @@ FUSED_RNN_DEVICE void prefetch(const void* at) {
 
 // All threads of the block have come here, and see what all wrote before.
 FUSED_RNN_DEVICE void barrier() { __syncthreads(); }
-// The same of one warp.
+// The same, and whether it is so for any of them.
+FUSED_RNN_DEVICE bool barrier_any(bool value) { return __syncthreads_or(value) != 0; }
+// As barrier(), of one warp.
 FUSED_RNN_DEVICE void warp_barrier() { __syncwarp(); }
 
 // The value of another lane; all 32 lanes take part.
@@ -64,6 +66,9 @@ FUSED_RNN_DEVICE float shuffle(float value, int lane) {
 FUSED_RNN_DEVICE float shuffle_xor(float value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
+
+// Whether it is so in any lane; all 32 take part.
+FUSED_RNN_DEVICE bool any(bool value) { return __any_sync(0xffffffffu, value) != 0; }
 
 // Four 8 x 16-byte matrices from shared memory: lane l gives the address of row l % 8 of matrix
 // l / 8, and gets of each matrix m, in r[m], the l % 4-th four bytes of row l / 4.
@@ -157,6 +162,15 @@ FUSED_RNN_DEVICE uint32_t add_relaxed(uint32_t* at, uint32_t value) {
   return before;
 }
 FUSED_RNN_DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+// The same for who reads memory of the host there.
+FUSED_RNN_DEVICE void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+
+// Nanoseconds since some time in the past; in emulation a count of the calls.
+FUSED_RNN_DEVICE uint64_t now() {
+  uint64_t time;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
+  return time;
+}
 
 // Bits of float32.
 

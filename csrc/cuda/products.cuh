@@ -57,20 +57,16 @@ struct alignas(16) Operand {
   unsigned char bytes[Traits::kParts][Traits::kSources][kRows][Traits::kRowBytes];
 };
 
+// Writes a number as the parts it is the sum of, the greatest first, each as operands have it.
 template <class Traits>
-FUSED_RNN_DEVICE void place_part(Operand<Traits>& operand, int part, int source, int row, int unit,
-                                 float value) {
-  unsigned char* at = operand.bytes[part][source][row] + unit * Traits::kBytes;
-  if constexpr (Traits::kBytes == 2) {
-    store(reinterpret_cast<uint16_t*>(at), to_16<Traits::kProduct>(value));
-  } else {
-    store(reinterpret_cast<float*>(at), value);
-  }
-}
-
-// Writes one number of an operand, as the parts it is the sum of.
-template <class Traits>
-FUSED_RNN_DEVICE void place(Operand<Traits>& operand, int source, int row, int unit, float value) {
+FUSED_RNN_DEVICE void store_parts(unsigned char* at, int distance, float value) {
+  const auto put = [&](int part, float number) {
+    if constexpr (Traits::kBytes == 2) {
+      store(reinterpret_cast<uint16_t*>(at + part * distance), to_16<Traits::kProduct>(number));
+    } else {
+      store(reinterpret_cast<float*>(at + part * distance), number);
+    }
+  };
   if constexpr (Traits::kProduct == Product::kTf32) {
     value = to_tf32(value);
   }
@@ -82,10 +78,17 @@ FUSED_RNN_DEVICE void place(Operand<Traits>& operand, int source, int row, int u
     } else {
       high = to_tf32(value);
     }
-    place_part(operand, part, source, row, unit, high);
+    put(part, high);
     value = rest(value, high);
   }
-  place_part(operand, Traits::kParts - 1, source, row, unit, value);
+  put(Traits::kParts - 1, value);
+}
+
+// Writes one number of an operand.
+template <class Traits>
+FUSED_RNN_DEVICE void place(Operand<Traits>& operand, int source, int row, int unit, float value) {
+  store_parts<Traits>(operand.bytes[0][source][row] + unit * Traits::kBytes,
+                      static_cast<int>(sizeof(operand.bytes[0])), value);
 }
 
 // Fills both operands with zeros: padding stays so, and rows and units that are not there.
@@ -100,7 +103,67 @@ FUSED_RNN_DEVICE void clear(Operand<Traits> (&operands)[2]) {
 template <class Traits>
 struct Sums {
   float of[Traits::kChains][kSlots] = {};
+
+  // Of a gate, in a forward scan.
+  FUSED_RNN_DEVICE float gate(int gate, int slot) const {
+    return Traits::kGates == 1 ? all(slot) : of[gate][slot];
+  }
+  FUSED_RNN_DEVICE float all(int slot) const { return of[0][slot] + of[1][slot]; }
 };
+
+// The A fragment of a tile of 16 rows, from `first` along k. element(m, k): the bits of a weight.
+template <Product kProduct, class Element>
+FUSED_RNN_DEVICE void read_fragment(uint32_t (&a)[4], int first, const Element& element) {
+  const int g = thread_index() % 32 / 4, q = thread_index() % 4;
+  FUSED_RNN_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const int m = g + i % 2 * 8;
+    if constexpr (has_16_bits(kProduct)) {
+      const int k = first + 2 * q + i / 2 * 8;
+      a[i] = element(m, k) | element(m, k + 1) << 16;
+    } else {
+      const uint32_t bits = element(m, first + q + i / 2 * 4);
+      a[i] = kProduct == Product::kTf32 ? bits_of(to_tf32(float_of(bits))) : bits;
+    }
+  }
+}
+
+// sum += a b by one tensor core instruction.
+template <Product kProduct>
+FUSED_RNN_DEVICE void mma(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (kProduct == Product::kBf16) {
+    mma_bf16(sum, a, b);
+  } else if constexpr (kProduct == Product::kF16) {
+    mma_f16(sum, a, b);
+  } else {
+    mma_tf32(sum, a, b);
+  }
+}
+
+// float32 products of 3xTF32: each factor as a high and a low part, of whose products the smallest
+// is left out.
+struct SplitWeights {
+  uint32_t low[4], high[4];
+
+  FUSED_RNN_DEVICE explicit SplitWeights(const uint32_t (&a)[4]) {
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      // (Or the compiler would split the weights once and keep both parts in registers.)
+      const float whole = float_of(opaque(a[i])), part = to_tf32(whole);
+      high[i] = bits_of(part);
+      low[i] = bits_of(rest(whole, part));
+    }
+  }
+};
+FUSED_RNN_DEVICE void mma_3xtf32(float (&sum)[4], const SplitWeights& a, const uint32_t (&high)[2],
+                                 const uint32_t (&low)[2]) {
+  // An infinity is in the last product; in the first it would meet zeros.
+  const uint32_t finite[2] = {is_finite(float_of(high[0])) ? high[0] : 0,
+                              is_finite(float_of(high[1])) ? high[1] : 0};
+  mma_tf32(sum, a.low, finite);
+  mma_tf32(sum, a.high, low);
+  mma_tf32(sum, a.high, high);
+}
 
 // Weights as the A operand of tensor core products. `element(gate, m, k)` gives the bits of weight
 // [m, k] of a gate, m < 16 being the warp's units.
@@ -170,18 +233,8 @@ class TensorCoreWeights {
  private:
   template <class Element>
   FUSED_RNN_DEVICE void fragment(uint32_t (&a)[4], int gate, int j, const Element& element) const {
-    const int g = thread_index() % 32 / 4, q = thread_index() % 4;
-    FUSED_RNN_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const int m = g + i % 2 * 8;
-      if constexpr (Traits::kBytes == 2) {
-        const int k = j * 16 + 2 * q + i / 2 * 8;
-        a[i] = element(gate, m, k) | element(gate, m, k + 1) << 16;
-      } else {
-        const uint32_t bits = element(gate, m, j * 8 + q + i / 2 * 4);
-        a[i] = Traits::kProduct == Product::kTf32 ? bits_of(to_tf32(float_of(bits))) : bits;
-      }
-    }
+    read_fragment<Traits::kProduct>(a, j * Traits::kStep,
+                                    [&](int m, int k) { return element(gate, m, k); });
   }
   FUSED_RNN_DEVICE Quad* at(int j, int gate) const {
     return shared_ + ((j - Traits::kHeld) * Traits::kGates + gate) * 32;
@@ -204,36 +257,14 @@ class TensorCoreWeights {
         a[0] = quad.x, a[1] = quad.y, a[2] = quad.z, a[3] = quad.w;
       }
       if constexpr (Traits::kProduct == Product::kTf32x3) {
-        uint32_t low[4], high[4];
-        FUSED_RNN_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          // (Or the compiler would split the weights once and keep both parts in registers.)
-          const float whole = float_of(opaque(a[i])), part = to_tf32(whole);
-          high[i] = bits_of(part);
-          low[i] = bits_of(rest(whole, part));
-        }
-        uint32_t b_high[2], b_low[2], b_finite[2];
-        FUSED_RNN_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          b_high[i] = b[0][source][2 * kHalf + i];
-          b_low[i] = b[Traits::kParts - 1][source][2 * kHalf + i];
-          // An infinity is in the last product; in this one it would meet zeros.
-          b_finite[i] = is_finite(float_of(b_high[i])) ? b_high[i] : 0;
-        }
-        mma_tf32(sum, low, b_finite);
-        mma_tf32(sum, high, b_low);
-        mma_tf32(sum, high, b_high);
+        const uint32_t* high = b[0][source] + 2 * kHalf;
+        const uint32_t* low = b[Traits::kParts - 1][source] + 2 * kHalf;
+        mma_3xtf32(sum, SplitWeights(a), {high[0], high[1]}, {low[0], low[1]});
       } else {
         FUSED_RNN_UNROLL
         for (int part = Traits::kParts - 1; part >= 0; --part) {  // the smallest first
-          const uint32_t words[2] = {b[part][source][2 * kHalf], b[part][source][2 * kHalf + 1]};
-          if constexpr (Traits::kProduct == Product::kBf16) {
-            mma_bf16(sum, a, words);
-          } else if constexpr (Traits::kProduct == Product::kF16) {
-            mma_f16(sum, a, words);
-          } else {
-            mma_tf32(sum, a, words);
-          }
+          mma<Traits::kProduct>(sum, a,
+                                {b[part][source][2 * kHalf], b[part][source][2 * kHalf + 1]});
         }
       }
     }

@@ -1,4 +1,8 @@
 // Where rows and steps lie in memory, and reading and writing a lane's slots.
+//
+// A lane's slots are given by a Place: kSlots (unit, row) pairs, of kLaneUnits units and kLaneRows
+// rows; row_index(slot) and unit_index(slot) say of which of them, is[slot] whether row and unit
+// exist.
 #pragma once
 
 #include "cuda/flags.cuh"
@@ -41,14 +45,15 @@ FUSED_RNN_DEVICE uint32_t weight_bits(const Rows& w, int64_t entry, int64_t row,
   }
 }
 
-// A lane's four (unit, row) slots; see products.cuh.
-struct Place {
+// A lane's slots in a block scan; see products.cuh.
+struct BlockPlace {
+  static constexpr int kSlots = 4, kLaneUnits = 2, kLaneRows = 2;
   int64_t entry, batch, hidden;
   int first_unit;   // the first slot's
   int tile_row;     // the first row's place in the tile
   bool is[kSlots];  // whether a slot's row and unit exist
 
-  FUSED_RNN_DEVICE Place(const Layer& layer, int64_t first_entry) {
+  FUSED_RNN_DEVICE BlockPlace(const Layer& layer, int64_t first_entry) {
     const int lane = thread_index() % 32;
     entry = first_entry + block_y();
     batch = layer.batch, hidden = layer.hidden;
@@ -57,6 +62,9 @@ struct Place {
     FUSED_RNN_UNROLL
     for (int i = 0; i < kSlots; ++i) is[i] = row(i % 2) < batch && unit(i) < hidden;
   }
+  static FUSED_RNN_DEVICE constexpr int row_index(int slot) { return slot % 2; }
+  static FUSED_RNN_DEVICE constexpr int unit_index(int slot) { return slot / 2; }
+  static FUSED_RNN_DEVICE constexpr int slot_of_unit(int n) { return 2 * n; }
   static FUSED_RNN_DEVICE int64_t first_row() { return static_cast<int64_t>(block_x()) * kRows; }
   FUSED_RNN_DEVICE int64_t row(int n) const { return first_row() + tile_row + n; }
   FUSED_RNN_DEVICE int unit(int slot) const { return first_unit + slot / 2 * 8; }
@@ -72,11 +80,12 @@ struct Place {
 
 // What a lane reads of a tensor ahead of its use. As it lies in memory: a conversion would wait
 // there and then for what has been asked for.
-template <Product kProduct>
+template <Product kProduct, int kSlots>
 struct Ahead {
   uint32_t bits[kSlots];
 
   // At step t, `offset` elements on; zeros where a slot is not there, or there is nothing to read.
+  template <class Place>
   FUSED_RNN_DEVICE void read(const Place& place, const Rows& rows, int64_t t, int64_t offset = 0,
                              bool there = true) {
     there = there && rows.data != nullptr;
@@ -111,21 +120,22 @@ struct Ahead {
 };
 
 // The values of a lane's slots at step t, zero where a slot is not there or the tensor is absent.
-template <Product kProduct>
-FUSED_RNN_DEVICE void get_slots(float (&to)[kSlots], const Place& place, const Rows& rows,
+template <Product kProduct, class Place>
+FUSED_RNN_DEVICE void get_slots(float (&to)[Place::kSlots], const Place& place, const Rows& rows,
                                 int64_t t) {
-  Ahead<kProduct> ahead;
+  Ahead<kProduct, Place::kSlots> ahead;
   ahead.read(place, rows, t);
   FUSED_RNN_UNROLL
-  for (int i = 0; i < kSlots; ++i) to[i] = ahead.get(rows, i);
+  for (int i = 0; i < Place::kSlots; ++i) to[i] = ahead.get(rows, i);
 }
 
-// The flags of a lane's two rows at step t: nothing where there are none, kEnded beyond the batch,
+// The flags of a lane's rows at step t: nothing where there are none, kEnded beyond the batch,
 // so that rows which are not there do nothing.
-FUSED_RNN_DEVICE void get_flags(int (&bits)[2], const Place& place, const Layer& layer, int64_t t,
-                                bool there = true) {
+template <class Place>
+FUSED_RNN_DEVICE void get_flags(int (&bits)[Place::kLaneRows], const Place& place,
+                                const Layer& layer, int64_t t, bool there = true) {
   FUSED_RNN_UNROLL
-  for (int n = 0; n < 2; ++n) {
+  for (int n = 0; n < Place::kLaneRows; ++n) {
     bits[n] = 0;
     if (place.row(n) >= place.batch) {
       bits[n] = kEnded;
@@ -136,7 +146,7 @@ FUSED_RNN_DEVICE void get_flags(int (&bits)[2], const Place& place, const Layer&
 }
 
 // Brings a tile's rows of `width` elements at step t into L2.
-FUSED_RNN_DEVICE void prefetch_rows(const Place& place, const Rows& rows, int64_t t,
+FUSED_RNN_DEVICE void prefetch_rows(const BlockPlace& place, const Rows& rows, int64_t t,
                                     int64_t width) {
   if (rows.data == nullptr) return;
   const int size = rows.dtype == DType::kFloat32 ? 4 : 2;

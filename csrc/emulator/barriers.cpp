@@ -20,6 +20,8 @@ const char* name_of(Collective kind) {
       return "shuffle";
     case Collective::kShuffleXor:
       return "shuffle_xor";
+    case Collective::kAny:
+      return "any";
     case Collective::kWarpBarrier:
       return "warp_barrier";
   }
@@ -136,7 +138,7 @@ void warp_barrier() {
   leave();
 }
 
-void barrier() {
+bool barrier(bool value) {
   Lane& lane = *machine.current;
   Warp& warp = *lane.warp;
   Block& block = *lane.block;
@@ -147,10 +149,13 @@ void barrier() {
           who_waits());
   }
   warp.at_barrier |= lane.bit();
+  block.any |= value;
   if (++block.at_barrier < machine.threads) {
     wait();
-    return;
+    return block.any_of_last;
   }
+  block.any_of_last = block.any;
+  block.any = false;
   if (const KnowledgePtr all = learn_together(block.lanes.data(), machine.threads)) {
     // (Words may hold what the block knew so far.)
     block.known = std::make_shared<Knowledge>(*block.known);
@@ -164,6 +169,7 @@ void barrier() {
     make_ready(each, &each == &warp ? ~lane.bit() : ~uint32_t{0});
   }
   progress();
+  return block.any_of_last;
 }
 
 }  // namespace fused_rnn::emulator

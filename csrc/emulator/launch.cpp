@@ -81,6 +81,7 @@ void start_block(Block& block, int index, const Launch& launch) {
   block.first_id = machine.first_id + static_cast<uint32_t>(index * launch.threads);
   block.time = 1, block.floor = 0;
   block.at_barrier = block.ended = 0;
+  block.any = false;
   block.ready_warps = 0;
   block.known = std::make_shared<Knowledge>();
   block.shared.start(launch.shared_bytes);
@@ -95,7 +96,9 @@ void start_block(Block& block, int index, const Launch& launch) {
     lane.started = lane.ended = false;
     lane.extra = lane.pending = lane.fenced = nullptr;
     lane.copies = CopyQueue{};
-    prepare_fiber(lane.fiber, block.place * 1024 + static_cast<size_t>(i), run_lane);
+    prepare_fiber(lane.fiber,
+                  block.place * static_cast<size_t>(launch.threads) + static_cast<size_t>(i),
+                  run_lane);
   }
   for (size_t i = 0; i < block.warps.size(); ++i) {
     Warp& warp = block.warps[i];

@@ -30,6 +30,7 @@ enum class Collective : uint8_t {
   kLoadMatrix,
   kShuffle,
   kShuffleXor,
+  kAny,
   kWarpBarrier,
 };
 const char* name_of(Collective kind);
@@ -73,7 +74,8 @@ struct Block {
   uint32_t first_id, time, floor;  // floor: as Warp's, of the block's threads
   uint32_t ready_warps;            // a bit each
   int at_barrier, ended;
-  size_t place;  // among the resident
+  bool any, any_of_last;  // of the values at the barrier, and at the last one passed
+  size_t place;           // among the resident
   std::shared_ptr<Knowledge> known;
   SharedMemory shared;
   std::vector<Warp> warps;
@@ -118,6 +120,7 @@ struct Machine {
   int stay_left = 0, budget_drawn = 0;
   int64_t idle_steps = 0;
   uint32_t launch_number = 0;
+  uint64_t clock = 0;  // of now()
   int grid_x = 0;
   Random random{0};
   Policy policy{};
@@ -167,7 +170,8 @@ inline void progress() { machine.idle_steps = 0; }
 bool arrive(Collective kind);
 void leave();
 
-void barrier();
+// Whether any of the block's threads came with true.
+bool barrier(bool value);
 void warp_barrier();
 
 }  // namespace fused_rnn::emulator

@@ -132,6 +132,34 @@ Array<float> shuffle_of_arrays(const Array<float>& values, const Array<int>& lan
   return result;
 }
 
+// votes: [round, thread], as what comes back.
+template <bool kOfBlock>
+Array<uint32_t> votes_of_arrays(const Array<uint32_t>& votes, uint64_t seed) {
+  expect(votes.ndim() == 2 && votes.shape(1) == kSmallThreads, "votes: [round, thread]");
+  Array<uint32_t> results = copy_of(votes);
+  options() = Options{};
+  options().seed = seed;
+  forget();
+  allow(votes.data(), static_cast<size_t>(votes.size()) * 4, true, "votes");
+  allow(results.data(), static_cast<size_t>(votes.size()) * 4, false, "results");
+  run(vote, Launch{1, 1, kSmallThreads, 0},
+      VoteParams{votes.data(), results.mutable_data(), static_cast<int>(votes.shape(0)), kOfBlock});
+  forget();
+  return results;
+}
+
+// What now() gives, [thread, count].
+Array<uint64_t> times_of_threads(int count, uint64_t seed) {
+  Array<uint64_t> times({kSmallThreads, count});
+  options() = Options{};
+  options().seed = seed;
+  forget();
+  allow(times.data(), static_cast<size_t>(times.size()) * 8, false, "times");
+  run(see_times, Launch{1, 1, kSmallThreads, 0}, ClockParams{times.mutable_data(), count});
+  forget();
+  return times;
+}
+
 // A function of one number, on each of an array.
 template <class To, class From>
 void def_unary(py::module_& m, const char* name, To (*function)(From)) {
@@ -195,6 +223,7 @@ const std::map<std::pair<std::string, std::string>, Small>& small_kernels() {
       {{"rotation", "no barrier"}, small_rotation(rotation<F::kNoBarrier>)},
       {{"rotation", "no second barrier"}, small_rotation(rotation<F::kNoSecondBarrier>)},
       {{"rotation", "lane ends"}, small_rotation(rotation<F::kLaneEnds>)},
+      {{"rotation", "divergence"}, small_rotation(rotation<F::kDivergence>)},
       {{"tile_copy", "none"}, small_tile_copy(tile_copy<F::kNone>)},
       {{"tile_copy", "no barrier"}, small_tile_copy(tile_copy<F::kNoBarrier>)},
       {{"tile_copy", "no second barrier"}, small_tile_copy(tile_copy<F::kNoSecondBarrier>)},
@@ -206,6 +235,7 @@ const std::map<std::pair<std::string, std::string>, Small>& small_kernels() {
       {{"tile_copy", "source written"}, small_tile_copy(tile_copy<F::kSourceWritten>)},
       {{"message", "none"}, small_message(message<F::kNone>)},
       {{"message", "fences"}, small_message(message<F::kFences>)},
+      {{"message", "system fences"}, small_message(message<F::kSystemFences>)},
       {{"message", "no barrier"}, small_message(message<F::kNoBarrier>)},
       {{"message", "no second barrier"}, small_message(message<F::kNoSecondBarrier>)},
       {{"message", "no release"}, small_message(message<F::kNoRelease>)},
@@ -215,11 +245,13 @@ const std::map<std::pair<std::string, std::string>, Small>& small_kernels() {
       {{"message", "never set"}, small_message(message<F::kNeverSet>)},
       {{"arrivals", "none"}, small_arrivals(arrivals<F::kNone>)},
       {{"arrivals", "fences"}, small_arrivals(arrivals<F::kFences>)},
+      {{"arrivals", "system fences"}, small_arrivals(arrivals<F::kSystemFences>)},
       {{"arrivals", "no release"}, small_arrivals(arrivals<F::kNoRelease>)},
       {{"arrivals", "no acquire"}, small_arrivals(arrivals<F::kNoAcquire>)},
       {{"arrivals", "no acknowledgement"}, small_arrivals(arrivals<F::kNoAcknowledgement>)},
       {{"counter", "none"}, small_counter(counter<F::kNone>)},
       {{"counter", "fences"}, small_counter(counter<F::kFences>)},
+      {{"counter", "system fences"}, small_counter(counter<F::kSystemFences>)},
       {{"counter", "no barrier"}, small_counter(counter<F::kNoBarrier>)},
       {{"counter", "no second barrier"}, small_counter(counter<F::kNoSecondBarrier>)},
       {{"counter", "no release"}, small_counter(counter<F::kNoRelease>)},
@@ -336,6 +368,9 @@ PYBIND11_MODULE(emulator, m) {
         "seed"_a = 0);
   m.def("shuffle_xor", small::shuffle_of_arrays<Primitive::kShuffleXor>, "values"_a, "masks"_a,
         "seed"_a = 0);
+  m.def("any", small::votes_of_arrays<false>, "votes"_a, "seed"_a = 0);
+  m.def("barrier_any", small::votes_of_arrays<true>, "votes"_a, "seed"_a = 0);
+  m.def("now", small::times_of_threads, "count"_a, "seed"_a = 0);
   small::def_unary<uint16_t, float>(m, "to_bf16", cuda::to_bf16);
   small::def_unary<float, uint16_t>(m, "from_bf16", cuda::from_bf16);
   small::def_unary<uint16_t, float>(m, "to_f16", cuda::to_f16);

@@ -50,7 +50,8 @@ FUSED_RNN_DEVICE void store(T* at, T value) {
 }
 FUSED_RNN_DEVICE void prefetch(const void*) {}
 
-FUSED_RNN_DEVICE void barrier() { emulator::barrier(); }
+FUSED_RNN_DEVICE void barrier() { emulator::barrier(false); }
+FUSED_RNN_DEVICE bool barrier_any(bool value) { return emulator::barrier(value); }
 FUSED_RNN_DEVICE void warp_barrier() { emulator::warp_barrier(); }
 
 FUSED_RNN_DEVICE float shuffle(float value, int lane) {
@@ -59,6 +60,8 @@ FUSED_RNN_DEVICE float shuffle(float value, int lane) {
 FUSED_RNN_DEVICE float shuffle_xor(float value, int mask) {
   return emulator::shuffle(emulator::Collective::kShuffleXor, value, mask);
 }
+
+FUSED_RNN_DEVICE bool any(bool value) { return emulator::any(value); }
 
 FUSED_RNN_DEVICE void load_matrix_x4(uint32_t (&r)[4], const void* row) {
   emulator::load_matrix_x4(r, row);
@@ -104,6 +107,9 @@ FUSED_RNN_DEVICE uint32_t add_relaxed(uint32_t* at, uint32_t value) {
   return emulator::atomic_add(at, value, false);
 }
 FUSED_RNN_DEVICE void fence() { emulator::fence(); }
+FUSED_RNN_DEVICE void fence_system() { emulator::fence(); }
+
+FUSED_RNN_DEVICE uint64_t now() { return ++emulator::machine.clock; }
 
 FUSED_RNN_DEVICE uint32_t bits_of(float value) { return std::bit_cast<uint32_t>(value); }
 FUSED_RNN_DEVICE float float_of(uint32_t bits) { return std::bit_cast<float>(bits); }

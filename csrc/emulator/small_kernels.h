@@ -15,7 +15,8 @@ enum class Fault {
   kNoSecondBarrier,  // the second
   kNoRelease,
   kNoAcquire,
-  kFences,  // no fault: fences and relaxed accesses in place of release and acquire
+  kFences,        // no fault: fences and relaxed accesses in place of release and acquire
+  kSystemFences,  // likewise, of the system
   kNoAcknowledgement,
   kSwapped,
   kParity,
@@ -82,6 +83,7 @@ rotation(FUSED_RNN_PARAMS SmallParams p) {
   for (int round = 0; round < kSmallRounds; ++round) {
     store(shared + thread, value);
     if (kFault == Fault::kLaneEnds && thread == 37) return;
+    if (kFault == Fault::kDivergence && thread == 37) any(true);
     if (kFault != Fault::kNoBarrier) warp_barrier();
     value = load(shared + warp + (lane + 1) % 32);
     if (kFault != Fault::kNoSecondBarrier) warp_barrier();
@@ -134,9 +136,21 @@ tile_copy(FUSED_RNN_PARAMS SmallParams p) {
 }
 
 template <Fault kFault>
-FUSED_RNN_DEVICE void signal(uint32_t* word, uint32_t value) {
-  if constexpr (kFault == Fault::kFences) {
+constexpr bool kHasFences = kFault == Fault::kFences || kFault == Fault::kSystemFences;
+
+template <Fault kFault>
+FUSED_RNN_DEVICE void fence_of() {
+  if constexpr (kFault == Fault::kSystemFences) {
+    fence_system();
+  } else {
     fence();
+  }
+}
+
+template <Fault kFault>
+FUSED_RNN_DEVICE void signal(uint32_t* word, uint32_t value) {
+  if constexpr (kHasFences<kFault>) {
+    fence_of<kFault>();
     store_relaxed(word, value);
   } else if constexpr (kFault == Fault::kNoRelease) {
     store_relaxed(word, value);
@@ -149,10 +163,10 @@ FUSED_RNN_DEVICE void signal(uint32_t* word, uint32_t value) {
 
 template <Fault kFault>
 FUSED_RNN_DEVICE void await(const uint32_t* word, uint32_t value) {
-  if constexpr (kFault == Fault::kFences) {
+  if constexpr (kHasFences<kFault>) {
     while (load_relaxed(word) < value) {
     }
-    fence();
+    fence_of<kFault>();
   } else if constexpr (kFault == Fault::kNoAcquire) {
     while (load_relaxed(word) < value) {
     }
@@ -195,8 +209,8 @@ FUSED_RNN_KERNEL(kSmallThreads)
 arrivals(FUSED_RNN_PARAMS SmallParams p) {
   const int thread = thread_index();
   const auto add = [&](uint32_t* word) {
-    if constexpr (kFault == Fault::kFences) {
-      fence();
+    if constexpr (kHasFences<kFault>) {
+      fence_of<kFault>();
       add_relaxed(word, 1);
     } else if constexpr (kFault == Fault::kNoRelease) {
       add_relaxed(word, 1);
@@ -255,8 +269,8 @@ counter(FUSED_RNN_PARAMS SmallParams p) {
     store(rows + block_x() * kSmallThreads + thread, load(p.in + at));
     if (kFault != Fault::kNoBarrier) barrier();
     if (thread == 0) {
-      if constexpr (kFault == Fault::kFences) {
-        fence();
+      if constexpr (kHasFences<kFault>) {
+        fence_of<kFault>();
         add_relaxed(p.words, 1);
       } else if constexpr (kFault == Fault::kNoRelease) {
         add_relaxed(p.words, 1);
@@ -375,6 +389,34 @@ program(FUSED_RNN_PARAMS ProgramParams p) {
         break;
     }
   }
+}
+
+// What the threads are told of their votes, [round, thread], by their warp or by the block.
+struct VoteParams {
+  const uint32_t* votes;
+  uint32_t* results;
+  int rounds;
+  bool of_block;
+};
+
+FUSED_RNN_KERNEL(kSmallThreads)
+vote(FUSED_RNN_PARAMS VoteParams p) {
+  for (int round = 0; round < p.rounds; ++round) {
+    const int at = round * kSmallThreads + thread_index();
+    const bool mine = load(p.votes + at) != 0;
+    store(p.results + at, static_cast<uint32_t>(p.of_block ? barrier_any(mine) : any(mine)));
+  }
+}
+
+// The times that each thread sees, [thread, count].
+struct ClockParams {
+  uint64_t* times;
+  int count;
+};
+
+FUSED_RNN_KERNEL(kSmallThreads)
+see_times(FUSED_RNN_PARAMS ClockParams p) {
+  for (int i = 0; i < p.count; ++i) store(p.times + thread_index() * p.count + i, now());
 }
 
 // One access of one lane.

@@ -153,4 +153,18 @@ float shuffle(Collective kind, float value, int from) {
   return result;
 }
 
+bool any(bool value) {
+  Lane& lane = *machine.current;
+  Warp& warp = *lane.warp;
+  bool result;
+  warp.operands[lane.number()] = Operands{&result, {&value, nullptr}, 0};
+  if (arrive(Collective::kAny)) {
+    bool all = false;
+    for (const Operands& each : warp.operands) all |= *static_cast<const bool*>(each.in[0]);
+    for (const Operands& each : warp.operands) *static_cast<bool*>(each.out) = all;
+    leave();
+  }
+  return result;
+}
+
 }  // namespace fused_rnn::emulator

@@ -54,22 +54,45 @@ def _open(file: Path) -> str | None:
     return None
 
 
-_facts: dict[object, bool] = {}  # of the library that is loaded
+_facts: dict[object, int] = {}  # of the library that is loaded
 
 
 def is_emulated() -> bool:
     """Whether the library that is loaded runs its kernels on the CPU."""
     if "emulated" not in _facts:
-        _facts["emulated"] = bool(torch.ops.fused_rnn.cuda_is_emulated())
-    return _facts["emulated"]
+        _facts["emulated"] = torch.ops.fused_rnn.cuda_is_emulated()
+    return bool(_facts["emulated"])
 
 
 def has_code_for(index: int) -> bool:
     """Whether the library that is loaded has code for a GPU, by torch's index."""
     if index not in _facts:
         with torch.cuda.device(index):  # the library makes it the current one
-            _facts[index] = bool(torch.ops.fused_rnn.cuda_has_code_for(index))
-    return _facts[index]
+            _facts[index] = torch.ops.fused_rnn.cuda_has_code_for(index)
+    return bool(_facts[index])
+
+
+_lost = False
+
+
+def grids_lost() -> bool:
+    """Whether a grid scan has been given up in this process, which then runs no more of them."""
+    return _lost
+
+
+def note_whether_lost() -> None:
+    """To be called when an operator of the library has raised."""
+    global _lost
+    _lost = _lost or bool(torch.ops.fused_rnn.cuda_grid_is_lost())
+
+
+def grid_resident(index: int | None, *scan) -> int:
+    """How many blocks of a grid scan (the arguments of cuda_grid_resident) the current GPU, or the
+    part of it this process may use, runs at the same time, as it says itself."""
+    key = (index, *scan)
+    if key not in _facts:
+        _facts[key] = torch.ops.fused_rnn.cuda_grid_resident(*scan)
+    return _facts[key]
 
 
 # Under torch.compile these are asked once, outside the graph, and their answers are constants of

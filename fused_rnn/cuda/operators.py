@@ -5,6 +5,7 @@ Schemas are fused_rnn/ops.py's, meanings docs/design.md's.
 
 import contextlib
 import threading
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,8 +16,9 @@ from fused_rnn.ops import ACC_DTYPE, GATES
 from fused_rnn.plan import PRECISIONS, Shape
 from fused_rnn.precision import current_fp32_precision
 
-# The model that plans emulated runs on the CPU.
-_EMULATED_DEVICE = devices.DEVICES["H200"]
+# The model that plans emulated runs on the CPU; so many blocks the emulated library lets wait for
+# one another.
+_EMULATED_DEVICE = replace(devices.DEVICES["H200"], together=16)
 
 
 def _device_model(device: torch.device) -> devices.Device:
@@ -53,6 +55,31 @@ def _no_less_than(precision: str, device: torch.device):
             matmul.fp32_precision = "tf32"
 
 
+_NOTHING = contextlib.nullcontext()
+_CELLS = ("lstm", "gru", "rnn")  # as csrc/cuda/params.h numbers them
+
+
+def _kernel(model: devices.Device, shape: Shape, device: torch.device):
+    """The kernel a shape gets: one of a grid scan's only where the GPU says that all its blocks run
+    at the same time."""
+    if library.grids_lost():
+        model = replace(model, together=0)
+    found = planning.choose(model, shape)
+    while isinstance(found, planning.Grid):
+        product = planning.PRODUCTS.index(planning.product_of(shape))
+        scan = (
+            *(_CELLS.index(shape.cell), product, shape.H),
+            *(found.kernel, found.rows, shape.backward),
+        )
+        with torch.cuda.device(device) if device.type == "cuda" else _NOTHING:
+            together = library.grid_resident(device.index, *scan)
+        if together >= planning.blocks_together(model):
+            break
+        model = replace(model, together=together)
+        found = planning.choose(model, shape)
+    return found
+
+
 def _run(name: str, w_hh: Tensor, sequence: Tensor, *args, proj=0, reset_after=True):
     """One of the library's operators, with the kernel its shape gets."""
     cell, direction = name.split("_")
@@ -61,7 +88,7 @@ def _run(name: str, w_hh: Tensor, sequence: Tensor, *args, proj=0, reset_after=T
     precision = "ieee"
     if w_hh.dtype == torch.float32 and model.has_tf32:
         precision = current_fp32_precision(device.type)
-    kernel = "step"
+    kernel: planning.Block | planning.Grid | planning.Step = planning.Step()
     if w_hh.dim() == 3 and sequence.dim() == 4:  # else the operator says what is wrong
         S, width, _ = w_hh.shape
         shape = Shape(
@@ -69,17 +96,20 @@ def _run(name: str, w_hh: Tensor, sequence: Tensor, *args, proj=0, reset_after=T
             *(precision, direction == "backward"),
         )
         if shape.H and S and w_hh.dtype in ACC_DTYPE:
-            kernel = planning.choose(model, shape).kind
+            kernel = _kernel(model, shape, device)
     on, stream = contextlib.nullcontext(), 0
     if device.type == "cuda":
         on, stream = torch.cuda.device(device), torch.cuda.current_stream(device).cuda_stream
     op = getattr(torch.ops.fused_rnn, f"cuda_scan_{name}").default
-    choice = (planning.KERNELS.index(kernel), PRECISIONS.index(precision), stream)
-    with torch.no_grad(), on:
-        if kernel == "block":
+    rows = kernel.rows if isinstance(kernel, planning.Grid) else 0
+    choice = (kernel.kernel, rows, PRECISIONS.index(precision), stream)
+    products = _no_less_than(precision, device) if kernel.kind == "step" else _NOTHING
+    with torch.no_grad(), on, products:
+        try:
             return op(*args, *choice)
-        with _no_less_than(precision, device):
-            return op(*args, *choice)
+        except RuntimeError:
+            library.note_whether_lost()
+            raise
 
 
 def _projection(w_hr: Tensor | None) -> int:

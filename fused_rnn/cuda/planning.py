@@ -1,12 +1,13 @@
 """Which CUDA kernel a scan gets, and how long a step should take: pure Python, as plan.py is.
 
-The block scan keeps an entry's weights on one multiprocessor; its account of threads and shared
-memory is csrc/cuda's, told here again so that any machine can plan (a test holds the two together).
-Whatever has no block scan goes step by step, with torch's matrix products.
+The block scan keeps an entry's weights on one multiprocessor, the grid scan on many; the account of
+threads and shared memory is csrc/cuda's, told here again so that any machine can plan (a test holds
+the two together). Whatever has neither goes step by step, with torch's matrix products.
 """
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 
 import torch
 
@@ -25,11 +26,13 @@ from fused_rnn.plan import (
 )
 from fused_rnn.plan import chosen as triton_chosen
 
-KERNELS = ("step", "block")  # as the operators number them
+KERNELS = ("step", "block", "grid", "wide grid")  # as the operators number them
 PRODUCTS = ("bfloat16", "float16", "tf32", "tf32x3", "ieee")  # as csrc/cuda/params.h does
 HALVES = PRODUCTS[:2]  # of 16-bit numbers
-ROWS = 8  # of the batch, of one block
-UNITS = 16  # of a warp
+ROWS = 8  # of the batch, of one block scan's block
+UNITS = 16  # of a warp of a block scan, of a block of a grid scan
+WARPS = 8  # of a block of a grid scan
+GROUP = 16  # rows of a grid scan's batch tile that take a step together
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,28 @@ class Block:
     shared: int
 
     kind = "block"
+    kernel = KERNELS.index(kind)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The grid scan: 16 units or 32 to a block, all blocks at the same time, the state through L2.
+
+    rows: of a batch tile; held: pieces of a warp's weights that are in registers; slices: blocks of
+    an entry and tile; shared: bytes of shared memory of each.
+    """
+
+    rows: int
+    units: int
+    held: int
+    slices: int
+    shared: int
+
+    kind = "grid"
+
+    @property
+    def kernel(self) -> int:
+        return KERNELS.index("grid" if self.units == UNITS else "wide grid")
 
 
 @dataclass(frozen=True)
@@ -53,6 +78,7 @@ class Step:
     """One matrix product of torch and one pointwise kernel a step (two each for some cells)."""
 
     kind = "step"
+    kernel = KERNELS.index(kind)
 
 
 def product_of(shape: Shape) -> str:
@@ -130,13 +156,81 @@ def block_plan(device: Device, shape: Shape) -> Block | None:
     return found if found.shared <= device.shared else None
 
 
+def _held(shape: Shape, units: int) -> int:
+    """Pieces of a warp's weights a grid scan has in registers, as held_of in
+    csrc/cuda/grid_scan.cu."""
+    half = product_of(shape) in HALVES
+    if shape.cell == "rnn" or (shape.backward and half):
+        return 8 if half and not shape.backward else 12 if units == UNITS else 4
+    return 3 if shape.cell == "lstm" or shape.dtype == torch.float16 else 4
+
+
+def scatters(shape: Shape) -> bool:
+    """Whether a backward grid scan hands round sums instead of the gates' gradients: where these
+    are more bytes than 8, a float32 written and read, for a unit and row."""
+    return shape.backward and shape.gates * (2 if product_of(shape) in HALVES else 4) > 8
+
+
+def grid_tiles(shape: Shape, units: int) -> int:
+    """Tiles of 16 rows in a piece of a grid scan's weights."""
+    return units // UNITS if shape.backward and not scatters(shape) else shape.gates
+
+
+def grid_weight_bytes(shape: Shape, units: int) -> int:
+    """Shared memory of a block's weights that are not in registers."""
+    pair_units = 64 // (2 if product_of(shape) in HALVES else 4)
+    pieces = _ceil(_ceil(shape.H, pair_units), WARPS)
+    if shape.backward and not scatters(shape):
+        pieces *= shape.gates
+    return WARPS * max(0, pieces - _held(shape, units)) * grid_tiles(shape, units) * 2 * 32 * 16
+
+
+def grid_kernel(shape: Shape, rows: int, units: int = UNITS) -> Grid | None:
+    """The grid scan of a shape for batch tiles of so many rows and blocks of so many units,
+    whatever the device. None where there is none: 32 units have backward scans that gather the
+    gradients of several gates."""
+    if shape.proj or not shape.reset_after or shape.dtype == torch.float64:
+        return None
+    if units != UNITS and (not shape.backward or scatters(shape) or shape.cell == "rnn"):
+        return None
+    tiles = grid_tiles(shape, units)
+    products = tiles * 2 * (512 if scatters(shape) else WARPS * UNITS * 8 * 4)
+    states = (2 if shape.cell == "lstm" else 1) * units // UNITS
+    states *= _ceil(rows, GROUP) * 32 * WARPS * 4
+    shared = products + grid_weight_bytes(shape, units) + states
+    return Grid(rows, units, _held(shape, units), _ceil(shape.H, units), shared)
+
+
+def grid_plan(device: Device, shape: Shape) -> Grid | None:
+    """The grid scan of a shape with the rows and units that are predicted to be fastest, where its
+    blocks fit the device, one a multiprocessor."""
+    if device.backend != "cuda" or int(device.arch) < 80:
+        return None
+    fitting = []
+    for rows, units in product(TILE_ROWS, (UNITS, 2 * UNITS)):
+        found = grid_kernel(shape, rows, units)
+        if found is None or (fitting and rows >= shape.B + GROUP):
+            continue
+        if found.shared <= device.shared and found.slices <= blocks_together(device):
+            fitting.append(found)
+    return min(fitting, key=lambda plan: predict(device, shape, plan).total, default=None)
+
+
+TILE_ROWS = (8, 16, 32, 48, 64, 80, 96, 112, 128)
+
+
+def blocks_together(device: Device) -> int:
+    """Blocks of a grid scan the device runs at the same time: one fills a multiprocessor."""
+    return device.multiprocessors if device.together is None else device.together
+
+
 @dataclass(frozen=True)
 class Prediction:
     """Microseconds of one step and what they are made of: what keeps a multiprocessor busy
-    (products or the shared memory they read, then the gates), device memory, what one block takes
-    by itself, launches."""
+    (products or the memory they read, then the gates), device memory, what one block takes by
+    itself, launches."""
 
-    plan: Block | Step
+    plan: Block | Grid | Step
     products: float
     shared: float
     arithmetic: float
@@ -155,7 +249,58 @@ class Prediction:
 FAST_EXPONENTIAL = 2 * 128 / 16
 
 
-def predict(device: Device, shape: Shape, plan: Block | Step) -> Prediction:
+# What a grid scan's step takes besides its work, in latencies of L2: an operand written, the count
+# after it on its way, polls that find it half a turn late, the operand read.
+GRID_TRIPS = 3.5
+
+
+def predict_grid(device: Device, shape: Shape, plan: Grid, sequences: float) -> Prediction:
+    """The model of a grid scan: groups of rows follow one another through a step, and what is on
+    its way costs nothing while there are others to compute."""
+    us_per_cycle = 1e-3 / device.clock
+    kind = product_of(shape)
+    half = kind in HALVES
+    size = 2 if half else 4
+    parts = 3 if half and shape.cell == "rnn" and not shape.backward else 1
+    sources = shape.gates if shape.backward else 1
+    tiles, scattering = grid_tiles(shape, plan.units), scatters(shape)
+    rows = min(plan.rows, _ceil(shape.B, ROWS) * ROWS)
+    groups, in_group = _ceil(rows, GROUP), min(rows, GROUP)
+    launch = max(1, blocks_together(device) // plan.slices)  # pairs
+    pairs = shape.S * _ceil(shape.B, plan.rows)
+    waves, side_by_side = _ceil(pairs, launch), min(pairs, launch)
+    # Of one group, in clocks: products, meanwhile the operand (scattering the parcels, written and
+    # read) and the weights in shared memory; what warps pass through shared memory; the gates.
+    work = shape.gates * plan.units * shape.H * parts * in_group / rate_of(device, shape)
+    steps = shape.gates * plan.units * shape.H * parts / (tiles * UNITS * (32 // size)) / WARPS
+    chain = steps * MMA_CYCLES * tiles / max(4, tiles)  # of a warp, four sums or more side by side
+    traffic = in_group * shape.H * (8 if scattering else size * parts * sources)
+    traffic = max(
+        traffic / device.l2_one, traffic * plan.slices * side_by_side * device.clock / device.l2
+    )
+    in_shared = grid_weight_bytes(shape, plan.units) / 128
+    if kind == "ieee":  # handing operands round takes longer than multiplying them
+        work, chain = 1.5 * work, 3 * chain
+    exponential = FAST_EXPONENTIAL
+    if kind in ("ieee", "tf32x3"):
+        exponential = EXPONENTIAL_INSTRUCTIONS
+    passed = shape.gates * size if scattering else 2 * tiles * 4  # a warp, for a unit and row
+    sums = WARPS * UNITS * in_group * passed / 128
+    arithmetic = arithmetic_cycles(shape, plan.units * in_group, exponential) + EXCHANGE_CYCLES
+    group = max(work, chain, traffic, in_shared) + sums + arithmetic
+    latency = group + GRID_TRIPS * L2_CYCLES
+    return Prediction(
+        plan,
+        max(work, chain) * groups * waves * us_per_cycle,
+        max(traffic, in_shared) * groups * waves * us_per_cycle,
+        (sums + arithmetic) * groups * waves * us_per_cycle,
+        sequences,
+        latency * waves * us_per_cycle,
+        0.0,
+    )
+
+
+def predict(device: Device, shape: Shape, plan: Block | Grid | Step) -> Prediction:
     """The model: what one step of a scan should take on a device."""
     us_per_cycle = 1e-3 / device.clock
     gates, out, rows = shape.gates, shape.proj or shape.H, shape.S * shape.B
@@ -174,6 +319,8 @@ def predict(device: Device, shape: Shape, plan: Block | Step) -> Prediction:
             2 * phases * (KERNEL_US + L2_CYCLES * us_per_cycle),
             2 * phases * LAUNCH_US,
         )
+    if isinstance(plan, Grid):
+        return predict_grid(device, shape, plan, sequences)
     product = product_of(shape)
     size = 2 if product in HALVES else 4
     units = plan.threads // 2
@@ -202,10 +349,19 @@ def predict(device: Device, shape: Shape, plan: Block | Step) -> Prediction:
     )
 
 
+# How many times faster a grid scan has to be predicted than a block scan to be taken instead: its
+# prediction hangs on latencies that nobody has measured yet.
+GRID_CAUTION = 1.5
+
+
 def choices(device: Device, shape: Shape) -> list[Prediction]:
-    """Every kernel that can run a shape, the fastest by prediction first."""
-    plans = [block_plan(device, shape), Step()]
-    return sorted((predict(device, shape, p) for p in plans if p), key=lambda p: p.total)
+    """Every kernel that can run a shape, the best by prediction first."""
+    plans = [block_plan(device, shape), grid_plan(device, shape), Step()]
+
+    def weighed(found: Prediction) -> float:
+        return found.total / (GRID_CAUTION if isinstance(found.plan, Block) else 1)
+
+    return sorted((predict(device, shape, p) for p in plans if p), key=weighed)
 
 
 @lru_cache(maxsize=4096)
@@ -216,15 +372,17 @@ def chosen(device: Device, shape: Shape) -> Prediction:
     return next(p for p in choices(device, shape) if p.plan.kind == kind)
 
 
-def choose(device: Device, shape: Shape) -> Block | Step:
+def choose(device: Device, shape: Shape) -> Block | Grid | Step:
     """The kernel a scan gets. Every shape gets one."""
     return chosen(device, shape).plan
 
 
-def blocks_win(device: Device, shape: Shape) -> bool:
-    """Whether a shape has block scans, forward and backward, that are predicted to take no longer
-    than the Triton backend's kernels: what the automatic choice wants of this backend."""
-    for backward in (False, True):
-        if choose(device, replace(shape, backward=backward)).kind != "block":
-            return False
-    return chosen(device, shape).total <= triton_chosen(device, shape).total
+def scans_win(device: Device, shape: Shape) -> bool:
+    """Whether a shape has scans that keep their weights on the chip, forward and backward, and they
+    are predicted to take no longer than the Triton backend's kernels: what the automatic choice
+    wants of this backend."""
+    both = [replace(shape, backward=backward) for backward in (False, True)]
+    if any(choose(device, way).kind == "step" for way in both):
+        return False
+    ours, theirs = (sum(of(device, way).total for way in both) for of in (chosen, triton_chosen))
+    return ours <= theirs

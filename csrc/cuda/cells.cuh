@@ -1,5 +1,9 @@
-// What a block scan does for each cell with the sums of its recurrent product: a lane's state, what
-// it reads of a step ahead of time, the gate arithmetic (math/gates.h), what it writes.
+// What a scan does for each cell with the sums of its recurrent product: a lane's state, what it
+// reads of a step ahead of time, the gate arithmetic (math/gates.h), what it writes. Place says
+// which (unit, row) slots a lane has; see rows.cuh.
+//
+// state(n, slot), n < kStates, is what a lane carries from step to step: a scan whose lanes have
+// other slots by turns keeps it elsewhere meanwhile.
 //
 // compute() is called for all slots of a lane, also those that are not there: a branch around each
 // would put their long chains of arithmetic one behind the other. write() and finish() are called
@@ -19,13 +23,15 @@ constexpr int parts_of(Product product) { return product == Product::kTf32x3 ? 2
 
 // Forward: state h (and c) in registers, operand the state.
 
-template <Product kProduct>
+template <Product kProduct, class Place>
 struct LstmForwardLane {
   using Call = LstmForward;
   using F = Number<kProduct>;
+  static constexpr int kSlots = Place::kSlots;
   static constexpr int kGates = 4, kParts = parts_of(kProduct);
+  static constexpr int kStates = 2;
   float h[kSlots], c[kSlots], act[kGates][kSlots];
-  Ahead<kProduct> x[kGates];
+  Ahead<kProduct, kSlots> x[kGates];
 
   FUSED_RNN_DEVICE void start(const Call& p, const Place& place) {
     get_slots<kProduct>(h, place, p.h0, 0);
@@ -40,13 +46,14 @@ struct LstmForwardLane {
   static FUSED_RNN_DEVICE void ahead(const Call& p, const Place& place, int64_t t) {
     prefetch_rows(place, p.gates_x, t, kGates * place.hidden);
   }
+  FUSED_RNN_DEVICE float& state(int n, int slot) { return n == 0 ? h[slot] : c[slot]; }
   FUSED_RNN_DEVICE void zero(int slot) { h[slot] = c[slot] = 0.0f; }
   template <class Sums>
   FUSED_RNN_DEVICE void compute(const Call& p, int i, bool live, const Sums& sums) {
     F a[kGates];
     FUSED_RNN_UNROLL
     for (int gate = 0; gate < kGates; ++gate) {
-      a[gate] = F(x[gate].get(p.gates_x, i) + sums.of[gate][i]);
+      a[gate] = F(x[gate].get(p.gates_x, i) + sums.gate(gate, i));
     }
     const auto out = math::lstm_forward(a[0], a[1], a[2], a[3], F(c[i]));
     h[i] = live ? out.h.v : h[i];
@@ -74,21 +81,24 @@ struct LstmForwardLane {
   }
 };
 
-template <Product kProduct>
+template <Product kProduct, class Place>
 struct GruForwardLane {
   using Call = GruForward;
   using F = Number<kProduct>;
+  static constexpr int kSlots = Place::kSlots;
   static constexpr int kGates = 3, kParts = parts_of(kProduct);
-  float h[kSlots], act[4][kSlots], b_hn[2];
-  Ahead<kProduct> x[kGates];
+  static constexpr int kStates = 1;
+  float h[kSlots], act[4][kSlots], b_hn[Place::kLaneUnits];
+  Ahead<kProduct, kSlots> x[kGates];
 
   FUSED_RNN_DEVICE void start(const Call& p, const Place& place) {
     get_slots<kProduct>(h, place, p.h0, 0);
     FUSED_RNN_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      b_hn[half] = 0.0f;
-      if (p.b_hn.data != nullptr && place.unit(2 * half) < place.hidden) {
-        b_hn[half] = get<kProduct>(p.b_hn, place.entry * p.b_hn.entry + place.unit(2 * half));
+    for (int n = 0; n < Place::kLaneUnits; ++n) {
+      const int unit = place.unit(Place::slot_of_unit(n));
+      b_hn[n] = 0.0f;
+      if (p.b_hn.data != nullptr && unit < place.hidden) {
+        b_hn[n] = get<kProduct>(p.b_hn, place.entry * p.b_hn.entry + unit);
       }
     }
   }
@@ -101,12 +111,13 @@ struct GruForwardLane {
   static FUSED_RNN_DEVICE void ahead(const Call& p, const Place& place, int64_t t) {
     prefetch_rows(place, p.gates_x, t, kGates * place.hidden);
   }
+  FUSED_RNN_DEVICE float& state(int, int slot) { return h[slot]; }
   FUSED_RNN_DEVICE void zero(int slot) { h[slot] = 0.0f; }
   template <class Sums>
   FUSED_RNN_DEVICE void compute(const Call& p, int i, bool live, const Sums& sums) {
-    const float hn = sums.of[2][i] + b_hn[i / 2];
-    const F a_r(x[0].get(p.gates_x, i) + sums.of[0][i]);
-    const F a_z(x[1].get(p.gates_x, i) + sums.of[1][i]);
+    const float hn = sums.gate(2, i) + b_hn[Place::unit_index(i)];
+    const F a_r(x[0].get(p.gates_x, i) + sums.gate(0, i));
+    const F a_z(x[1].get(p.gates_x, i) + sums.gate(1, i));
     const auto out = math::gru_after_forward(a_r, a_z, F(x[2].get(p.gates_x, i)), F(hn), F(h[i]));
     h[i] = live ? out.h.v : h[i];
     act[0][i] = live ? out.r.v : 0.0f;
@@ -128,15 +139,17 @@ struct GruForwardLane {
   }
 };
 
-template <Product kProduct>
+template <Product kProduct, class Place>
 struct RnnForwardLane {
   using Call = RnnForward;
   using F = Number<kProduct>;
+  static constexpr int kSlots = Place::kSlots;
   // Nothing bounds the state of a relu, whose kink makes much of a little rounding, so the state is
   // multiplied unrounded: three numbers of 16 bits have all its digits.
   static constexpr int kGates = 1, kParts = has_16_bits(kProduct) ? 3 : parts_of(kProduct);
+  static constexpr int kStates = 1;
   float h[kSlots];
-  Ahead<kProduct> x;
+  Ahead<kProduct, kSlots> x;
 
   FUSED_RNN_DEVICE void start(const Call& p, const Place& place) {
     get_slots<kProduct>(h, place, p.h0, 0);
@@ -147,10 +160,11 @@ struct RnnForwardLane {
   static FUSED_RNN_DEVICE void ahead(const Call& p, const Place& place, int64_t t) {
     prefetch_rows(place, p.gates_x, t, place.hidden);
   }
+  FUSED_RNN_DEVICE float& state(int, int slot) { return h[slot]; }
   FUSED_RNN_DEVICE void zero(int slot) { h[slot] = 0.0f; }
   template <class Sums>
   FUSED_RNN_DEVICE void compute(const Call& p, int i, bool live, const Sums& sums) {
-    const float a = x.get(p.gates_x, i) + (sums.of[0][i] + sums.of[1][i]);
+    const float a = x.get(p.gates_x, i) + sums.gate(0, i);
     const float out = math::rnn_forward(F(a), p.relu).v;
     h[i] = live ? out : h[i];
   }
@@ -166,28 +180,34 @@ struct RnnForwardLane {
 // Backward: dh, the gradient of the state between steps, in registers; the operands are the gates'
 // gradients, d[gate][slot], zero where a row has ended. `before` is the step processed before t in
 // the forward scan, whose state entered t; `has_before` whether there is one. `cut`: the state that
-// entered the step was zeroed; `initial`: it was the initial state.
+// entered the step was zeroed; `initial`: it was the initial state. read() of t begins with what
+// the last one read of `before`; begin() of t stands for that where t has not been a `before`.
 
 // The state that entered a step.
-template <Product kProduct>
+template <Product kProduct, class Place>
 FUSED_RNN_DEVICE float entering(float before, const Place& place, const Rows& first, int i,
                                 bool live, bool cut, bool initial) {
   if (initial && live && place.is[i]) before = get<kProduct>(first, place.at(first, 0, i));
   return cut ? 0.0f : before;
 }
 
-template <Product kProduct>
+template <Product kProduct, class Place>
 struct LstmBackwardLane {
   using Call = LstmBackward;
   using F = Number<kProduct>;
+  static constexpr int kSlots = Place::kSlots;
   static constexpr int kGates = 4, kParts = parts_of(kProduct);
+  static constexpr int kStates = 2;
   float dh[kSlots], dc[kSlots], d[kGates][kSlots];
-  Ahead<kProduct> dy, c, c_before, gates[kGates];
+  Ahead<kProduct, kSlots> dy, c, c_before, gates[kGates];
 
-  FUSED_RNN_DEVICE void start(const Call& p, const Place& place, int64_t t) {
+  FUSED_RNN_DEVICE void start(const Call& p, const Place& place) {
     get_slots<kProduct>(dh, place, p.dh_n, 0);
     get_slots<kProduct>(dc, place, p.dc_n, 0);
-    c_before.read(place, p.cells, t);  // read() makes it this step's
+  }
+  FUSED_RNN_DEVICE float& state(int n, int slot) { return n == 0 ? dh[slot] : dc[slot]; }
+  FUSED_RNN_DEVICE void begin(const Call& p, const Place& place, int64_t t) {
+    c_before.read(place, p.cells, t);
   }
   static FUSED_RNN_DEVICE void ahead(const Call& p, const Place& place, int64_t t) {
     prefetch_rows(place, p.dy, t, place.hidden);
@@ -236,17 +256,21 @@ struct LstmBackwardLane {
   }
 };
 
-template <Product kProduct>
+template <Product kProduct, class Place>
 struct GruBackwardLane {
   using Call = GruBackward;
   using F = Number<kProduct>;
+  static constexpr int kSlots = Place::kSlots;
   static constexpr int kGates = 3, kParts = parts_of(kProduct);
+  static constexpr int kStates = 1;
   float dh[kSlots], d[kGates][kSlots], dn[kSlots];  // d: of r, z and hn
-  Ahead<kProduct> dy, h_before, gates[4];
+  Ahead<kProduct, kSlots> dy, h_before, gates[4];
 
-  FUSED_RNN_DEVICE void start(const Call& p, const Place& place, int64_t) {
+  FUSED_RNN_DEVICE void start(const Call& p, const Place& place) {
     get_slots<kProduct>(dh, place, p.dh_n, 0);
   }
+  FUSED_RNN_DEVICE float& state(int, int slot) { return dh[slot]; }
+  FUSED_RNN_DEVICE void begin(const Call&, const Place&, int64_t) {}
   static FUSED_RNN_DEVICE void ahead(const Call& p, const Place& place, int64_t t) {
     prefetch_rows(place, p.dy, t, place.hidden);
     prefetch_rows(place, p.y, t, place.hidden);
@@ -286,17 +310,21 @@ struct GruBackwardLane {
   }
 };
 
-template <Product kProduct>
+template <Product kProduct, class Place>
 struct RnnBackwardLane {
   using Call = RnnBackward;
   using F = Number<kProduct>;
+  static constexpr int kSlots = Place::kSlots;
   static constexpr int kGates = 1, kParts = parts_of(kProduct);
+  static constexpr int kStates = 1;
   float dh[kSlots], d[kGates][kSlots];
-  Ahead<kProduct> dy, y;
+  Ahead<kProduct, kSlots> dy, y;
 
-  FUSED_RNN_DEVICE void start(const Call& p, const Place& place, int64_t) {
+  FUSED_RNN_DEVICE void start(const Call& p, const Place& place) {
     get_slots<kProduct>(dh, place, p.dh_n, 0);
   }
+  FUSED_RNN_DEVICE float& state(int, int slot) { return dh[slot]; }
+  FUSED_RNN_DEVICE void begin(const Call&, const Place&, int64_t) {}
   static FUSED_RNN_DEVICE void ahead(const Call& p, const Place& place, int64_t t) {
     prefetch_rows(place, p.dy, t, place.hidden);
     prefetch_rows(place, p.y, t, place.hidden);
