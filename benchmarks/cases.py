@@ -109,8 +109,8 @@ CASES = (
     Case("speech", "h256", 250, 8, 80, 256, bidirectional=True, quick=BOTH),
     Case("speech", "h512", 400, 8, 160, 512, bidirectional=True),
     Case("speech", "three_layers", 300, 16, 80, 320, cells=("LSTM",), layers=3, bidirectional=True),
-    # Shapes that reach every kind of GPU kernel: weights on one multiprocessor (H <= 128) with many
-    # rows and few, and a launch a step (H >= 256); then rows that end early or start anew.
+    # Shapes that reach every kind of GPU kernel: weights on one multiprocessor (H <= 128) or spread
+    # over many, with few rows and many; then rows that end early or start anew.
     Case(GPU, "h64", 512, 64, 64, 64),
     Case(GPU, "h128", 512, 64, 128, 128),
     Case(GPU, "h256", 256, 32, 256, 256),
@@ -120,10 +120,25 @@ CASES = (
     Case(GPU, "h128_b16", 512, 16, 128, 128),
     Case(GPU, "h64_both", 512, 64, 64, 64, bidirectional=True),
     Case(GPU, "h128_both", 512, 64, 128, 128, bidirectional=True),
+    *(
+        Case(GPU, f"h{H}_b{B}", 256, B, H, H)
+        for H, batches in (
+            (256, (16, 64, 128)),
+            (512, (8, 16, 64, 128)),
+            (768, (16, 64)),
+            (1024, (8, 16, 64, 128)),
+            (1536, (16, 64)),
+        )
+        for B in batches
+    ),
+    Case(GPU, "h512_both", 256, 32, 512, 512, bidirectional=True),
+    Case(GPU, "h1024_both", 256, 32, 1024, 1024, bidirectional=True),
     Case(GPU, "ragged_h128", 512, 64, 128, 128, min_length=0.1),
     Case(GPU, "ragged_h512", 256, 32, 512, 512, min_length=0.1),
     Case(GPU, "resets_h128", 512, 64, 128, 128, state=True, reset_rate=0.002),
     Case(GPU, "resets_h512", 256, 32, 512, 512, state=True, reset_rate=0.002),
+    Case(GPU, "ragged_h1024", 256, 32, 1024, 1024, min_length=0.1),
+    Case(GPU, "resets_h1024", 256, 32, 1024, 1024, state=True, reset_rate=0.002),
 )  # fmt: skip
 
 

@@ -68,7 +68,7 @@ TESTS=(
     "cuda_gru_rnn:cuda and numerics and not lstm"
     "cuda_others:cuda and not numerics and (kind or deterministic or batch or not 2_31)"
 )
-CUDA_FILE=() # what pytest is told besides for tests/test_cuda.py
+CUDA_FILE=() # what pytest is told besides for tests/test_cuda*.py
 SIZES=() QUICK=() PROFILE=() SANITIZE=()
 SELECTION=(gpu streaming online reinforcement_learning tagging time_series language_model)
 SELECTION+=(ragged speech)
@@ -190,9 +190,9 @@ tests() { # XML EXPRESSION: the tests marked gpu that a -k expression names
     # shellcheck disable=SC2086
     run_pytest "$1" -m gpu -k "$2" $files
 }
-cuda_file() { # XML: the tests of every size of block scan
+cuda_file() { # XML: the tests of every size of block scan, and of grid scans
     if [ -n "$CUDA_MISSING" ]; then echo "$CUDA_MISSING" && return 77; fi
-    run_pytest "$1" ${CUDA_FILE[@]+"${CUDA_FILE[@]}"} tests/test_cuda.py
+    run_pytest "$1" ${CUDA_FILE[@]+"${CUDA_FILE[@]}"} tests/test_cuda.py tests/test_cuda_grid.py
 }
 verify() { # BACKEND DTYPE
     if [ "$1" = cuda ] && [ -n "$CUDA_MISSING" ]; then echo "$CUDA_MISSING" && return 77; fi
@@ -218,8 +218,8 @@ sanitize() { # TOOL
     command=("$PYTHON" -m benchmarks.sanitize --device $DEVICE ${SANITIZE[@]+"${SANITIZE[@]}"})
     if [ "$1" = initcheck ]; then
         # It has to see who writes what, so all kernels take part, and those of cuBLAS had better
-        # not; block scans alone then.
-        command+=(--kernels block)
+        # not; without the step path then.
+        command+=(--kernels block,grid)
     else
         options=(--kernel-regex kns=fused_rnn) # by a part of the mangled name: ours alone
     fi

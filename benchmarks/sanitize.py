@@ -28,6 +28,9 @@ REVERSE = (False, True)
 # Sizes around a tile: 23 leaves most of a second warp's units empty; 100 and 150 take the kernels
 # of other sizes. Eleven rows are one block of rows and a part of another.
 HIDDEN, STEPS, ROWS = (23, 100, 150), 4, 11
+# Grid scans have one kernel for all sizes: three slices of units, the last not whole; tiles of
+# eight rows, of which there are two, and of sixteen.
+GRID_HIDDEN, TILES = 40, (8, 16)
 # Errors allowed, as a share of the largest value.
 BOUNDS = {
     torch.float64: 1e-12,
@@ -44,32 +47,54 @@ class Scan(NamedTuple):
     cell: str
     hidden: int
     dtype: torch.dtype
-    kernel: str  # step or block
+    kernel: str  # step, block or grid
     precision: str = "ieee"
     proj: int = 0
     reset_after: bool = True
     relu: bool = False
+    tile: int = 0  # rows, of a grid scan
+    units: int = planning.UNITS  # of its blocks
 
     def __str__(self):
         variant = f"-proj{self.proj}" if self.proj else "" if self.reset_after else "-before"
         number = self.precision if self.dtype == torch.float32 else ""
-        words = self.kernel, f"{self.cell}{variant or '-relu' * self.relu}", f"H{self.hidden}"
+        kernel = f"{self.kernel} {self.tile}x{self.units}" if self.tile else self.kernel
+        words = kernel, f"{self.cell}{variant or '-relu' * self.relu}", f"H{self.hidden}"
         return " ".join([*words, str(self.dtype)[6:], number]).strip()
 
     @property
     def bound(self):
         return BOUNDS["tf32" if self.precision == "tf32" else self.dtype]
 
+    def choice(self, backward):
+        """Kernel and rows, as the operators want them. (Forward all blocks have 16 units.)"""
+        wide = backward and self.units != planning.UNITS
+        return planning.KERNELS.index("wide grid" if wide else self.kernel), self.tile
+
 
 def scans(hidden, kernels, device):
-    """Every scan there is: block scans in each size, steps in the first alone, as their kernels do
-    not depend on it."""
+    """Every scan there is: block scans in each size, grid scans with each tile, steps in the first
+    size alone, as their kernels do not depend on it."""
     numbers = [(torch.float32, p) for p in plan.PRECISIONS]
     numbers += [(torch.bfloat16, "ieee"), (torch.float16, "ieee")]
     cells = ({"cell": "lstm"}, {"cell": "gru"}, {"cell": "rnn"}, {"cell": "rnn", "relu": True})
     for size, cell, (dtype, precision) in itertools.product(hidden, cells, numbers):
         scan = Scan(**cell, hidden=size, dtype=dtype, kernel="block", precision=precision)
         if "block" in kernels and all(fits(scan, device, b) for b in (False, True)):
+            yield scan
+    widths = (planning.UNITS, 2 * planning.UNITS)
+    for cell, (dtype, precision), tile, units in itertools.product(cells, numbers, TILES, widths):
+        scan = Scan(
+            **cell,
+            hidden=GRID_HIDDEN,
+            dtype=dtype,
+            kernel="grid",
+            precision=precision,
+            tile=tile,
+            units=units,
+        )
+        backward = planning.grid_kernel(shape_of(scan, True), tile, units)
+        if "grid" in kernels and backward is not None:
             yield scan
     size = hidden[0]
     two_phases = {"cell": "lstm", "proj": max(1, size // 3)}, {"cell": "gru", "reset_after": False}
@@ -78,13 +103,16 @@ def scans(hidden, kernels, device):
             yield Scan(**cell, hidden=size, dtype=dtype, kernel="step")
 
 
-def fits(scan, device, backward):
-    shape = plan.Shape(
+def shape_of(scan, backward):
+    return plan.Shape(
         *(scan.cell, len(REVERSE), ROWS, scan.hidden, scan.dtype),
         precision=scan.precision,
         backward=backward,
     )
-    return planning.block_plan(device, shape) is not None
+
+
+def fits(scan, device, backward):
+    return planning.block_plan(device, shape_of(scan, backward)) is not None
 
 
 class Tensors:
@@ -142,12 +170,9 @@ def found(scan, t, device):
 
     def call(name, *args):
         op = getattr(torch.ops.fused_rnn, f"cuda_scan_{scan.cell}_{name}")
-        kernel, precision = (
-            planning.KERNELS.index(scan.kernel),
-            plan.PRECISIONS.index(scan.precision),
-        )
+        choice = (*scan.choice(name == "backward"), plan.PRECISIONS.index(scan.precision))
         stream = torch.cuda.current_stream().cuda_stream if device == "cuda" else 0
-        return op(*args, kernel, precision, stream)
+        return op(*args, *choice, stream)
 
     flags = t.flags.to(device), REVERSE
     gates_x, w_hh, h0, dy, dh_n = map(on, (t.gates_x, t.w_hh, t.h0, t.dy, t.dh_n))
@@ -190,14 +215,14 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize", description=__doc__)
     add = parser.add_argument
     add("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: an emulated library")
-    add("--kernels", default="block,step", help="block, step or both (default)")
+    add("--kernels", default="block,grid,step", help="some of block, grid and step; default all")
     add("-T", type=int, default=STEPS, metavar="N", help=f"steps; default {STEPS}")
     add("-B", type=int, default=ROWS, metavar="N", help=f"rows; default {ROWS}")
     sizes = ",".join(map(str, HIDDEN))
     add("-H", default=sizes, metavar="N,N", help=f"hidden sizes; default {sizes}")
     options = parser.parse_args(arguments)
     kernels = options.kernels.split(",")
-    if unknown := set(kernels) - {"block", "step"}:
+    if unknown := set(kernels) - {"block", "grid", "step"}:
         print(f"error: no kernels {', '.join(sorted(unknown))}", file=sys.stderr)
         return 2
     reason = library.why_unavailable()

@@ -214,7 +214,7 @@ def forced(backend: str, kind: str):
         planner.choose = before
 
 
-KINDS = {"triton": ("block", "streamed", "step"), "cuda": ("block", "step")}
+KINDS = {"triton": ("block", "streamed", "step"), "cuda": ("block", "grid", "step")}
 
 
 def every_kind(*kinds: str):
@@ -235,7 +235,7 @@ def test_every_kind_of_plan(backend, kind, cell, number):
         assert_holds(case, backend, number)
 
 
-@every_kind("streamed", "step")
+@every_kind("streamed", "grid", "step")
 def test_large_weights_of_every_kind(backend, kind):
     with forced(backend, kind):
         case = case_of("lstm", dtype=torch.bfloat16, hidden=768, rows=24, steps=9, inputs=64)
@@ -262,6 +262,8 @@ KEEPING_BITS = (
     ("triton", "step", 256, torch.float32),
     ("cuda", "block", 128, torch.bfloat16),
     ("cuda", "block", 60, torch.float32),
+    ("cuda", "grid", 256, torch.bfloat16),
+    ("cuda", "grid", 200, torch.float32),
 )
 # Its products are cuBLAS's, which may take another kernel for another number of rows.
 BITS_BY_BATCH = ("cuda", "step")
@@ -326,7 +328,7 @@ def test_a_row_does_not_depend_on_its_batch(backend, kind, hidden, dtype, cell):
 # Long sequences and large tensors.
 
 
-@every_kind("block", "step")
+@every_kind("block", "grid", "step")
 @pytest.mark.parametrize("cell", ("lstm", "gru"))
 def test_long_sequence(cell, backend, kind):
     """More steps than a grid has blocks along one axis, against the same in pieces that hand on
@@ -617,14 +619,16 @@ def lstm_arguments(hidden):
 
 
 def lstm_scan(arguments, kernel, stream=0):
-    """y, h_n and c_n by the kernel 0 (steps) or 1 (a block scan)."""
-    return torch.ops.fused_rnn.cuda_scan_lstm_inference(*arguments, kernel, 0, stream)
+    """y, h_n and c_n by the kernel 0 (steps), 1 (a block scan) or 2 (a grid scan, tiles of 8)."""
+    rows = 8 if kernel == 2 else 0
+    return torch.ops.fused_rnn.cuda_scan_lstm_inference(*arguments, kernel, rows, 0, stream)
 
 
 @cuda_only
-def test_a_block_scan_goes_to_the_stream_it_is_given(backend):
+@pytest.mark.parametrize("kernel", (1, 2))
+def test_a_scan_goes_to_the_stream_it_is_given(kernel, backend):
     gates_x, *others = lstm_arguments(size(64, 9))
-    wanted = lstm_scan((gates_x, *others), 1)
+    wanted = lstm_scan((gates_x, *others), kernel)
     late, stream = torch.zeros_like(gates_x), 0
     if DEVICE == "cuda":
         torch.cuda.synchronize()
@@ -633,7 +637,7 @@ def test_a_block_scan_goes_to_the_stream_it_is_given(backend):
         stream = side.cuda_stream
     else:
         late.copy_(gates_x)
-    found = lstm_scan((late, *others), 1, stream)
+    found = lstm_scan((late, *others), kernel, stream)
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     for ours, other in zip(found, wanted, strict=True):

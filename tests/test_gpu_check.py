@@ -170,8 +170,9 @@ def test_sanitize_runs_every_kernel(cuda_device, capsys):
     sizes = ["-T", "1", "-B", "2", "-H", "23"]
     assert sanitize.main(["--device", cuda_device, *sizes]) == 0
     out, err = capsys.readouterr()
-    assert out == "sanitize: 44 scans forward and back, 0 wrong results\n"
+    assert out == "sanitize: 92 scans forward and back, 0 wrong results\n"
     for words in ("block lstm H23 float32 tf32x3", "block rnn-relu H23 float16",
+                  "grid 8x16 gru H40 float32 tf32", "grid 16x32 lstm H40 bfloat16",
                   "step lstm-proj7 H23 bfloat16", "step gru-before H23 float64"):  # fmt: skip
         assert words in err, words
     assert sanitize.main(["--device", cuda_device, "--kernels", "block", *sizes]) == 0

@@ -91,7 +91,7 @@ def test_every_shape_gets_a_cuda_plan_that_fits(shape, name):
             assert not shape.proj and shape.reset_after and shape.dtype != torch.float64
         if block.kind == "grid":
             assert device.backend == "cuda" and block.shared <= device.shared
-            assert block.slices == -(-shape.H // 16) <= device.multiprocessors
+            assert block.slices == -(-shape.H // block.units) <= device.multiprocessors
             assert block.rows in planning.TILE_ROWS and block.rows < max(16, 2 * shape.B)
             assert not shape.proj and shape.reset_after and shape.dtype != torch.float64
     kinds = {planning.choose(device, replace(shape, B=b)).kind for b in (1, 3, 500, 100_000)}

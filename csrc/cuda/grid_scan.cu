@@ -1,6 +1,9 @@
 // The grid scans of one cell and product, FUSED_RNN_CELL and FUSED_RNN_PRODUCT: what they need,
 // launches.
+#include <map>
+#include <mutex>
 #include <type_traits>
+#include <utility>
 
 #include "cuda/grid_scan.cuh"
 #include "cuda/launch.cuh"
@@ -30,7 +33,8 @@ struct Lanes<Cell::kRnn, kProduct, Place> {
 // registers have room for without spilling.
 constexpr int held_of(Cell cell, Product product, bool backward, int unit_tiles) {
   const bool half = has_16_bits(product);
-  if (cell == Cell::kRnn || (backward && half)) return half && !backward ? 8 : unit_tiles == 1 ? 12 : 4;
+  if (cell == Cell::kRnn || (backward && half))
+    return half && !backward ? 8 : unit_tiles == 1 ? 12 : 4;
   return cell == Cell::kLstm || product == Product::kF16 ? 3 : 4;
 }
 
@@ -67,9 +71,21 @@ struct Kernel {
 #if defined(FUSED_RNN_EMULATOR)
     return shared > kEmulatedShared ? 0 : kEmulatedBlocks;
 #else
-    int device = 0, most = 0, multiprocessors = 0, cooperative = 0, blocks = 0;
+    // Asked at every launch, answered once: it takes some microseconds.
+    static std::mutex mutex;
+    static std::map<std::pair<int, size_t>, int64_t> known;
+    int device = 0;
+    check(cudaGetDevice(&device), "there is no current GPU");
+    const std::lock_guard<std::mutex> lock(mutex);
+    const std::pair key{device, shared};
+    if (!known.contains(key)) known[key] = ask_resident(device, shared);
+    return known[key];
+#endif
+  }
+#if !defined(FUSED_RNN_EMULATOR)
+  static int64_t ask_resident(int device, size_t shared) {
+    int most = 0, multiprocessors = 0, cooperative = 0, blocks = 0;
     const char* what = "the GPU does not say what it can run";
-    check(cudaGetDevice(&device), what);
     const auto ask = [&](int& value, cudaDeviceAttr attribute) {
       check(cudaDeviceGetAttribute(&value, attribute, device), what);
     };
@@ -81,8 +97,8 @@ struct Kernel {
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function(), kGridThreads, shared),
           what);
     return static_cast<int64_t>(blocks) * multiprocessors;
-#endif
   }
+#endif
   static void launch(const Call& call, const GridWork& work, void* stream) {
     const GridNeeds needs = Kernel::needs(call.layer.hidden, work.tile.rows);
     const Grid grid{needs.slices, work.pairs, kGridThreads, needs.shared_bytes};

@@ -2,6 +2,8 @@
 // the waist's arguments they take what fused_rnn/cuda decides: the kernel (0 by steps, 1 a block
 // scan, 2 a grid scan, 3 one with blocks of 32 units), the rows of a grid scan's batch tiles, how
 // float32 products are taken (a member of PRECISIONS, by its place) and the stream.
+#include <atomic>
+
 #include "cuda/launch.h"
 #include "cuda/steps.h"
 #include "waist/operators.h"
@@ -55,7 +57,7 @@ BlockNeeds needs_of(const Call& call) {
 }
 
 // Calls that find a grid scan before them lost say so, once. An emulated one is found at once.
-bool has_lost_one = false;
+std::atomic<bool> has_lost_one = false;
 
 void complain_of_the_lost() {
   const volatile Lost* lost = lost_record();
