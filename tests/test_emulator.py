@@ -251,13 +251,11 @@ RIGHT = [
     ("tile_copy", "none"),
     ("message", "none"),
     ("message", "fences"),
-    ("message", "system fences"),
+    ("message", "system"),
     ("arrivals", "none"),
     ("arrivals", "fences"),
-    ("arrivals", "system fences"),
     ("counter", "none"),
     ("counter", "fences"),
-    ("counter", "system fences"),
     ("product", "none"),
 ]
 

@@ -37,6 +37,7 @@ PRODUCTS = ("kBf16", "kF16", "kTf32", "kTf32x3", "kIeee")
 NVCC_FLAGS = [
     *("-std=c++20", "-O3", "-DNDEBUG", "-Icsrc", "-Xcompiler", "-fPIC,-fvisibility=hidden"),
     *("-Xptxas", "--warn-on-spills"),
+    "-fmad=false",  # which products are fused with a sum is ours to say, as on the CPU
 ]
 # Of the CUDA libraries only the runtime is linked, and statically: any torch will do, with CUDA of
 # another version or none. Hence nothing of libtorch_cuda may be referred to, which -z defs checks.

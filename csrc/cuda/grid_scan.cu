@@ -35,7 +35,7 @@ constexpr int held_of(Cell cell, Product product, bool backward, int unit_tiles)
   const bool half = has_16_bits(product);
   if (cell == Cell::kRnn || (backward && half))
     return half && !backward ? 8 : unit_tiles == 1 ? 12 : 4;
-  return cell == Cell::kLstm || product == Product::kF16 ? 3 : 4;
+  return product == Product::kIeee && !backward ? 2 : 3;
 }
 
 // Blocks of 32 units are for what gathers most: gradients of several gates.
@@ -114,6 +114,7 @@ struct Kernel {
     argument.claimed = work.claimed;
     argument.lost = lost_record();
     argument.patience = kPatience;
+    argument.pause = kPause;
     argument.scan = number_of_scan(kCell, kProduct, kBackward);
     const int64_t first = work.first / argument.tiles;
     const int64_t last = (work.first + work.pairs - 1) / argument.tiles;
@@ -122,11 +123,11 @@ struct Kernel {
   }
 
 #if defined(FUSED_RNN_EMULATOR)
-  static constexpr uint64_t kPatience = 1 << 14;  // polls
+  static constexpr uint64_t kPatience = 1 << 14, kPause = UINT64_MAX;  // polls
   static constexpr int64_t kEmulatedBlocks = 96;
   static constexpr size_t kEmulatedShared = 227 * 1024;
 #else
-  static constexpr uint64_t kPatience = 10'000'000'000;  // ns
+  static constexpr uint64_t kPatience = 10'000'000'000, kPause = 100'000'000;  // ns
 #endif
 };
 

@@ -137,8 +137,7 @@ class GridBlock {
     first_row_ = pair % params.tiles * params.rows;
     const int64_t end = first_row_ + params.rows;
     place.batch = end < layer.batch ? end : layer.batch;
-    place.first_unit = block_x() * Traits::kBlockUnits + thread_index() % kUnits;
-    place.move_to(first_row_);
+    begin_group(0);
     groups = static_cast<int>((place.batch - first_row_ + kGroupRows - 1) / kGroupRows);
     backwards =
         is_reversed(params.params, static_cast<int>(place.entry - params.params.first_entry));
@@ -155,6 +154,8 @@ class GridBlock {
     group_quads_ = group_quads<Traits>(layer.hidden);
     exchange_ = static_cast<Quad*>(params.exchange) + block_y() * 2 * params.groups * group_quads_;
     arrived_ = params.arrived + static_cast<int64_t>(block_y()) * params.arrived_stride;
+    // After one that was lost, as of a graph that is replayed, nobody waits again.
+    lost_ = barrier_any(thread_index() == 0 && load_system(&params.lost->raised) != 0);
     states_ = reinterpret_cast<float*>(shared_.weights + grid_weight_quads<Traits>(layer.hidden)) +
               thread_index();
   }
@@ -173,7 +174,13 @@ class GridBlock {
                   });
   }
 
-  FUSED_RNN_DEVICE void begin_group(int group) { place.move_to(first_row_ + group * kGroupRows); }
+  // (The compiler is not told that the unit is always the same, or it would compute addresses ahead
+  // of a product, whose weights want all the registers there are. Hence called after one again.)
+  FUSED_RNN_DEVICE void begin_group(int group) {
+    const int unit = block_x() * Traits::kBlockUnits + thread_index() % kUnits;
+    place.first_unit = static_cast<int>(opaque(static_cast<uint32_t>(unit)));
+    place.move_to(first_row_ + group * kGroupRows);
+  }
 
   // The carried state of the thread's slots.
   FUSED_RNN_DEVICE void keep(Lane& lane, int group) {
@@ -272,7 +279,7 @@ class GridBlock {
   FUSED_RNN_DEVICE void collect(ThreadSums<Traits>& total, const Quad* operand) const {
     const float* at = &(reinterpret_cast<const Parcel*>(operand) + block_x() * block_count_x())
                            ->of[Place::tile_row()][thread_index() % kUnits];
-    constexpr int kTogether = 8, kDistance = sizeof(Parcel) / sizeof(float);
+    constexpr int kTogether = 16, kDistance = sizeof(Parcel) / sizeof(float);
     FUSED_RNN_NO_UNROLL
     for (int first = 0; first < block_count_x(); first += kTogether) {
       float part[kTogether];
@@ -296,9 +303,12 @@ class GridBlock {
     for (int slice = first_slice_ + thread_index() % 32; slice < end_slice_; slice += 32) {
       const uint32_t* at = arrived_ + slice;
       if (load_acquire(at) >= count) continue;
-      const uint64_t since = now();
+      uint64_t since = now(), last = since;
       while (load_acquire(at) < count && !vain) {
-        if (now() - since > params_.patience) {
+        const uint64_t time = now();
+        if (time - last > params_.pause) since = time;  // the GPU did something else meanwhile
+        last = time;
+        if (time - since > params_.patience) {
           vain = true;
           report(number, slice);
         }
@@ -316,8 +326,7 @@ class GridBlock {
     store(&lost->block_x, block_x());
     store(&lost->block_y, block_y());
     store(&lost->awaited, slice);
-    fence_system();
-    store(&lost->raised, 1);
+    store_release_system(&lost->raised, 1);
   }
 
   const GridParams<Call>& params_;
@@ -326,7 +335,7 @@ class GridBlock {
   int64_t first_row_;
   int first_piece_, pieces_, first_slice_, end_slice_, chunk_quads_;
   int64_t group_quads_;
-  bool lost_ = false;  // of all threads alike
+  bool lost_;  // of all threads alike
   Quad* exchange_;
   uint32_t* arrived_;
   float* states_;
@@ -378,6 +387,7 @@ grid_forward(FUSED_RNN_PARAMS GridParams<typename Lane::Call> params) {
       get_flags(next_bits, place, layer, t + direction, more);
       lane.read(p, place, t);
       const ThreadSums<Traits> sums = block.receive(step, group);
+      block.begin_group(group);
       block.take(lane, group);
       const bool live = (bits[0] & kEnded) == 0;
       FUSED_RNN_UNROLL
@@ -454,6 +464,7 @@ grid_backward(FUSED_RNN_PARAMS GridParams<typename Lane::Call> params) {
       lane.read(p, place, t, t + direction, more);
       ThreadSums<Traits> sums;
       if (step > 0) sums = block.receive(step - 1, group);
+      block.begin_group(group);
       block.take(lane, group);
       const bool live = (bits[0] & kEnded) == 0;
       const bool cut = backwards ? more && starts_segment(next_bits[0]) : starts_segment(bits[0]);

@@ -26,15 +26,10 @@ struct Grid {
 template <class Argument>
 void launch(void (*kernel)(const Argument), const Grid& grid, const Argument& argument, void*,
             bool together = false) {
-  const int resident = emulator::options().resident;
-  if (together) emulator::options().resident = static_cast<int>(grid.x * grid.y);
-  const struct Restore {
-    int resident;
-    ~Restore() { emulator::options().resident = resident; }
-  } restore{resident};
-  emulator::run(
-      kernel, {static_cast<int>(grid.x), static_cast<int>(grid.y), grid.threads, grid.shared_bytes},
-      argument);
+  emulator::run(kernel,
+                {static_cast<int>(grid.x), static_cast<int>(grid.y), grid.threads,
+                 grid.shared_bytes, together},
+                argument);
 }
 
 #else
@@ -45,13 +40,17 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("fused_rnn: ") + what + ": " + cudaGetErrorString(error));
 }
 
-// More shared memory than a kernel has by itself has to be asked for.
+// More shared memory than a kernel has by itself has to be asked for: as much as there is, for
+// another thread may be about to launch the same kernel with more than this launch takes.
 template <class Argument>
 void allow_shared(void (*kernel)(const Argument), size_t bytes) {
   if (bytes <= 48 * 1024) return;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(bytes)),
-        "the GPU does not have the shared memory a scan of this size needs");
+  const char* what = "the GPU does not have the shared memory a scan of this size needs";
+  int device = 0, most = 0;
+  check(cudaGetDevice(&device), "there is no current GPU");
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), what);
+  if (bytes > static_cast<size_t>(most)) check(cudaErrorInvalidValue, what);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), what);
 }
 
 // together: all blocks are resident at the same time, or the launch fails.

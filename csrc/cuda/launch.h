@@ -35,7 +35,7 @@ struct BlockScan {
 
 // Left in memory of the host by the first grid scan of which a block waited in vain for another.
 struct Lost {
-  int32_t raised = 0;   // the others hold
+  uint32_t raised = 0;  // the others hold; for good: later grid scans give up at once
   int32_t scan = 0;     // number_of_scan()
   int64_t step = 0;     // in the order of the scan, of T
   int32_t block_x = 0;  // the block that gave up: its slice and, in the launch, its pair

@@ -56,17 +56,16 @@ BlockNeeds needs_of(const Call& call) {
   return BlockScan<kCellOf<Call>, kProduct>::needs(call.layer.hidden, kBackward<Call>);
 }
 
-// Calls that find a grid scan before them lost say so, once. An emulated one is found at once.
+// The first call that finds a grid scan before it lost says so.
 std::atomic<bool> has_lost_one = false;
 
 void complain_of_the_lost() {
-  const volatile Lost* lost = lost_record();
-  if (!lost->raised) return;
-  has_lost_one = true;
+  Lost* lost = lost_record();
+  if (std::atomic_ref(lost->raised).load(std::memory_order_acquire) == 0) return;
+  if (has_lost_one.exchange(true)) return;
   const int32_t number = lost->scan;
   const int64_t step = lost->step;
   const int32_t x = lost->block_x, y = lost->block_y, awaited = lost->awaited;
-  lost_record()->raised = 0;
   const char* const cells[] = {"lstm", "gru", "rnn"};
   const char* const products[] = {"bfloat16", "float16", "tf32", "tf32x3", "ieee"};
   STD_TORCH_CHECK(false, "a grid scan before this call was given up: ", cells[number / 10],

@@ -41,7 +41,8 @@ struct GridParams {
   int64_t arrived_stride = 0;
   uint32_t* claimed = nullptr;
   Lost* lost = nullptr;
-  uint64_t patience = 0;  // how long a wait may last, as now() counts
+  // How long a wait may last, as now() counts, and what time between two looks is not counted.
+  uint64_t patience = 0, pause = 0;
   int32_t scan = 0;
 };
 

@@ -162,8 +162,16 @@ FUSED_RNN_DEVICE uint32_t add_relaxed(uint32_t* at, uint32_t value) {
   return before;
 }
 FUSED_RNN_DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
-// The same for who reads memory of the host there.
-FUSED_RNN_DEVICE void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+
+// Words that the host reads and writes meanwhile.
+FUSED_RNN_DEVICE uint32_t load_system(const uint32_t* at) {
+  uint32_t value;
+  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+  return value;
+}
+FUSED_RNN_DEVICE void store_release_system(uint32_t* at, uint32_t value) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
+}
 
 // Nanoseconds since some time in the past; in emulation a count of the calls.
 FUSED_RNN_DEVICE uint64_t now() {

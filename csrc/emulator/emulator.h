@@ -28,6 +28,7 @@ void forget();
 struct Launch {
   int grid_x, grid_y, threads;
   size_t shared_bytes;
+  bool together = false;  // all blocks are resident, whatever the options say
 };
 
 // The launch of one kernel, its types erased.

@@ -124,6 +124,7 @@ void run_blocks(const Launch& launch) {
     std::swap(order[i], order[machine.random.below(static_cast<int>(i) + 1)]);
   }
   machine.resident = std::min(static_cast<size_t>(std::max(options().resident, 1)), order.size());
+  if (launch.together) machine.resident = order.size();
   while (machine.blocks.size() < machine.resident) {
     machine.blocks.push_back(std::make_unique<Block>());
   }

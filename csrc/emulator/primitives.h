@@ -107,7 +107,12 @@ FUSED_RNN_DEVICE uint32_t add_relaxed(uint32_t* at, uint32_t value) {
   return emulator::atomic_add(at, value, false);
 }
 FUSED_RNN_DEVICE void fence() { emulator::fence(); }
-FUSED_RNN_DEVICE void fence_system() { emulator::fence(); }
+FUSED_RNN_DEVICE uint32_t load_system(const uint32_t* at) {
+  return emulator::atomic_load(at, false);
+}
+FUSED_RNN_DEVICE void store_release_system(uint32_t* at, uint32_t value) {
+  emulator::atomic_store(at, value, true);
+}
 
 FUSED_RNN_DEVICE uint64_t now() { return ++emulator::machine.clock; }
 

@@ -15,8 +15,8 @@ enum class Fault {
   kNoSecondBarrier,  // the second
   kNoRelease,
   kNoAcquire,
-  kFences,        // no fault: fences and relaxed accesses in place of release and acquire
-  kSystemFences,  // likewise, of the system
+  kFences,  // no fault: fences and relaxed accesses in place of release and acquire
+  kSystem,  // no fault: words the host could read
   kNoAcknowledgement,
   kSwapped,
   kParity,
@@ -136,22 +136,12 @@ tile_copy(FUSED_RNN_PARAMS SmallParams p) {
 }
 
 template <Fault kFault>
-constexpr bool kHasFences = kFault == Fault::kFences || kFault == Fault::kSystemFences;
-
-template <Fault kFault>
-FUSED_RNN_DEVICE void fence_of() {
-  if constexpr (kFault == Fault::kSystemFences) {
-    fence_system();
-  } else {
-    fence();
-  }
-}
-
-template <Fault kFault>
 FUSED_RNN_DEVICE void signal(uint32_t* word, uint32_t value) {
-  if constexpr (kHasFences<kFault>) {
-    fence_of<kFault>();
+  if constexpr (kFault == Fault::kFences) {
+    fence();
     store_relaxed(word, value);
+  } else if constexpr (kFault == Fault::kSystem) {
+    store_release_system(word, value);
   } else if constexpr (kFault == Fault::kNoRelease) {
     store_relaxed(word, value);
   } else if constexpr (kFault == Fault::kPlainFlag) {
@@ -163,10 +153,14 @@ FUSED_RNN_DEVICE void signal(uint32_t* word, uint32_t value) {
 
 template <Fault kFault>
 FUSED_RNN_DEVICE void await(const uint32_t* word, uint32_t value) {
-  if constexpr (kHasFences<kFault>) {
+  if constexpr (kFault == Fault::kFences) {
     while (load_relaxed(word) < value) {
     }
-    fence_of<kFault>();
+    fence();
+  } else if constexpr (kFault == Fault::kSystem) {
+    while (load_system(word) < value) {
+    }
+    fence();
   } else if constexpr (kFault == Fault::kNoAcquire) {
     while (load_relaxed(word) < value) {
     }
@@ -209,8 +203,8 @@ FUSED_RNN_KERNEL(kSmallThreads)
 arrivals(FUSED_RNN_PARAMS SmallParams p) {
   const int thread = thread_index();
   const auto add = [&](uint32_t* word) {
-    if constexpr (kHasFences<kFault>) {
-      fence_of<kFault>();
+    if constexpr (kFault == Fault::kFences) {
+      fence();
       add_relaxed(word, 1);
     } else if constexpr (kFault == Fault::kNoRelease) {
       add_relaxed(word, 1);
@@ -269,8 +263,8 @@ counter(FUSED_RNN_PARAMS SmallParams p) {
     store(rows + block_x() * kSmallThreads + thread, load(p.in + at));
     if (kFault != Fault::kNoBarrier) barrier();
     if (thread == 0) {
-      if constexpr (kHasFences<kFault>) {
-        fence_of<kFault>();
+      if constexpr (kFault == Fault::kFences) {
+        fence();
         add_relaxed(p.words, 1);
       } else if constexpr (kFault == Fault::kNoRelease) {
         add_relaxed(p.words, 1);

@@ -162,7 +162,7 @@ def _held(shape: Shape, units: int) -> int:
     half = product_of(shape) in HALVES
     if shape.cell == "rnn" or (shape.backward and half):
         return 8 if half and not shape.backward else 12 if units == UNITS else 4
-    return 3 if shape.cell == "lstm" or shape.dtype == torch.float16 else 4
+    return 2 if product_of(shape) == "ieee" and not shape.backward else 3
 
 
 def scatters(shape: Shape) -> bool:
@@ -280,7 +280,7 @@ def predict_grid(device: Device, shape: Shape, plan: Grid, sequences: float) -> 
     )
     in_shared = grid_weight_bytes(shape, plan.units) / 128
     if kind == "ieee":  # handing operands round takes longer than multiplying them
-        work, chain = 1.5 * work, 3 * chain
+        work, chain = 3 * work, 3 * chain
     exponential = FAST_EXPONENTIAL
     if kind in ("ieee", "tf32x3"):
         exponential = EXPONENTIAL_INSTRUCTIONS
