@@ -37,10 +37,12 @@ def states_of(module, dtype):
 
 
 def refused_by_onednn(flavour, low, grad, *dtypes):
-    """torch.nn's LSTM in float16 with gradients, and on some processors without: an error or
-    float32, as oneDNN has no such."""
-    if flavour != "LSTM" or low != torch.float16 or torch.float32 not in dtypes:
+    """torch.nn's LSTM in float16 with gradients, and on some processors without, and on some in
+    bfloat16: an error or float32, as oneDNN has no such."""
+    if flavour != "LSTM" or torch.float32 not in dtypes:
         return False
+    if low == torch.bfloat16:
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return grad or not torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 

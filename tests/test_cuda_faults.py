@@ -204,8 +204,8 @@ FAULTS |= {
         "? slices : block_count_x();", "? slices - 1 : block_count_x() - 1;", "race"
     ),
     "units written by two blocks": grid_fault(
-        "place.first_unit = block_x() * kUnits +",
-        "place.first_unit = block_x() / 2 * 2 * kUnits +",
+        "const int unit = block_x() * Traits::kBlockUnits +",
+        "const int unit = block_x() / 2 * 2 * Traits::kBlockUnits +",
         "race",
     ),
     "rows written by two blocks": grid_fault(
@@ -251,8 +251,8 @@ FAULTS |= {
         cell="gru",
     ),
     "another group's state taken": grid_fault(
-        "states_ + (group * Lane::kStates + n) * kGridThreads",
-        "states_ + n * kGridThreads",
+        "states_ + (group * kStates + i) * kGridThreads",
+        "states_ + i * kGridThreads",
         "wrong",
         tile=32,
     ),
@@ -260,7 +260,7 @@ FAULTS |= {
         "first_row_ = pair % params.tiles * params.rows;", "first_row_ = 0;", ""
     ),
     "a reset forgotten by a grid": grid_fault(
-        "if (cut) lane.zero(0);", "", "wrong", cell="gru", tile=16
+        "if (cut) lane.zero(i);", "", "wrong", cell="gru", tile=16
     ),
     "a block's own operand read before it is there": grid_fault(
         "      barrier();\n      if (!lost_) scatter",
