@@ -210,7 +210,7 @@ case "$1" in
         fi
         case "$word" in
         -Xptxas | -ccbin | -Xcompiler) skip=1 ;;
-        -gencode=*) ;;
+        -gencode=* | -fmad=*) ;;
         *) set -- "$@" "$word" ;;
         esac
     done
