@@ -160,6 +160,8 @@ def test_learning_rate_schedule(char_lm):
 
 @pytest.mark.parametrize("impl", ["nn", "fused"])
 def test_bfloat16(run, impl):
+    if impl == "nn" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("torch.nn's LSTM has no backward in bfloat16 on this processor")
     losses = run(f"--impl={impl}", "--steps=10", "--dtype=bfloat16")["train"]
     close(losses, run("--impl=nn", "--steps=10")["train"], 0.05)
 

@@ -116,24 +116,34 @@ def test_kernels_agree(cell, monkeypatch):
         torch.testing.assert_close(step[name], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("cell", BLOCK_CELLS)
-def test_companions(cell):
-    """A row alone, and among others in any place, has the same bits from a block scan."""
-    case = case_of(cell, rows=13, hidden=33, steps=5, dtype=torch.bfloat16, lengths=True)
-    tensors = make_inputs(case, DEVICE)
-    tensors = {
-        k: t.bfloat16() if t is not None and t.is_floating_point() else t
-        for k, t in tensors.items()
+def inputs_in(case):
+    """A case's inputs, in its dtype."""
+    return {
+        k: t.to(case.dtype) if t is not None and t.is_floating_point() else t
+        for k, t in make_inputs(case, DEVICE).items()
     }
 
-    def outputs(rows):
+
+def outputs_of_rows(cell, rows):
+    """A function that gives the output of some rows of a case without the others."""
+    case = case_of(cell, rows=rows, hidden=33, steps=5, dtype=torch.bfloat16, lengths=True)
+    tensors = inputs_in(case)
+
+    def outputs(chosen):
         given = dict(tensors)
         for name in ("input", "h0", "c0"):
             if given[name] is not None:
-                given[name] = given[name][:, rows]
-        given["lengths"] = given["lengths"][rows]
-        return run(dataclasses.replace(case, rows=len(rows)), given, "cuda")[0]
+                given[name] = given[name][:, chosen]
+        given["lengths"] = given["lengths"][chosen]
+        return run(dataclasses.replace(case, rows=len(chosen)), given, "cuda")[0]
 
+    return outputs
+
+
+@pytest.mark.parametrize("cell", BLOCK_CELLS)
+def test_companions(cell):
+    """A row alone, and among others in any place, has the same bits from a block scan."""
+    outputs = outputs_of_rows(cell, 13)
     whole = outputs(list(range(13)))
     for rows in ([5], [12, 0, 5], [9, 8, 7, 6, 5, 4, 3, 2, 1]):
         assert torch.equal(outputs(rows), whole[:, rows])
@@ -163,14 +173,10 @@ def test_rows_far_apart_are_copied():
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
-def test_infinite_states(cell):
+def assert_infinities_spread(cell, hidden):
     """Infinities and NaN in the initial state reach what they reach in plain PyTorch."""
-    case = case_of(cell, rows=3, hidden=9, steps=3, dtype=torch.float32)
-    tensors = make_inputs(case, DEVICE)
-    tensors = {
-        k: t.float() if t is not None and t.is_floating_point() else t for k, t in tensors.items()
-    }
+    case = case_of(cell, rows=3, hidden=hidden, steps=3, dtype=torch.float32)
+    tensors = inputs_in(case)
     tensors["h0"][0, 1, 3] = float("inf")
     # The GPU's own NaN, which rounded to TF32 would become a zero.
     tensors["h0"][0, 2, 4] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
@@ -181,14 +187,16 @@ def test_infinite_states(cell):
         assert torch.equal(got.isnan(), wanted.isnan()), precision
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_infinite_states(cell):
+    assert_infinities_spread(cell, 9)
+
+
 # The plan and the kernels know the same sizes.
 
 
-CELLS_OF_KERNELS = ("lstm", "gru", "rnn")  # as csrc/cuda/params.h numbers them
-
-
 @pytest.mark.parametrize("product", planning.PRODUCTS)
-@pytest.mark.parametrize("cell", CELLS_OF_KERNELS)
+@pytest.mark.parametrize("cell", planning.CELLS)
 def test_the_plan_accounts_for_the_kernels(cell, product):
     """Threads and shared memory of every H, forward and backward, as the library counts them."""
     half = product in ("bfloat16", "float16")
@@ -203,7 +211,7 @@ def test_the_plan_accounts_for_the_kernels(cell, product):
             )
             block = planning.block_kernel(shape)
             wanted = (block.threads, block.shared) if block else (0, 0)
-            number = CELLS_OF_KERNELS.index(cell), planning.PRODUCTS.index(product)
+            number = planning.CELLS.index(cell), planning.PRODUCTS.index(product)
             assert torch.ops.fused_rnn.cuda_block_needs(*number, hidden, backward) == wanted
 
 

@@ -7,25 +7,27 @@ import dataclasses
 import itertools
 
 import pytest
+import test_cuda
 import torch
-from conftest import UNDER_TEST
-from test_cuda import BLOCK_CELLS, CELLS_OF_KERNELS, HALVES, scan, shape_of
-from test_numerics import BOTH, assert_holds, assert_precise, case_of
+from test_cuda import (
+    BLOCK_CELLS,
+    DEVICE,
+    EMULATED,
+    FLAGS,
+    HALVES,
+    assert_infinities_spread,
+    outputs_of_rows,
+    scan,
+    shape_of,
+)
+from test_numerics import assert_holds, assert_precise, case_of
 
 from fused_rnn.cuda import library, operators, planning
 from fused_rnn.plan import DEVICES
 from fused_rnn.precision import fp32_precision
-from fused_rnn.testing import evaluate, make_inputs, run
+from fused_rnn.testing import evaluate
 
-DEVICE = UNDER_TEST["cuda"]
-EMULATED = DEVICE == "cpu"
-FLAGS = {"reverse": BOTH, "lengths": True, "reset": True}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def loaded():
-    """The library's own operators are there."""
-    assert library.why_unavailable() is None
+loaded, schedule = test_cuda.loaded, test_cuda.schedule
 
 
 @pytest.fixture
@@ -40,18 +42,6 @@ def tiles(monkeypatch):
         monkeypatch.setattr(planning, "choose", choose)
 
     return of
-
-
-@pytest.fixture
-def schedule():
-    """Sets the emulator's seed; nothing to set on a GPU."""
-
-    def set_to(seed):
-        if EMULATED:
-            torch.ops.fused_rnn.cuda_emulate(seed, 2)
-
-    yield set_to
-    set_to(0)
 
 
 # One slice of units and several, whole and not; one chunk of a group of rows, two, several groups.
@@ -147,20 +137,7 @@ def test_more_pairs_than_run_together(cell, tiles):
 @pytest.mark.parametrize("cell", BLOCK_CELLS)
 def test_companions(cell, tiles):
     """A row alone, and among others in any place and any tile, has the same bits."""
-    case = case_of(cell, rows=21, hidden=33, steps=5, dtype=torch.bfloat16, lengths=True)
-    tensors = {
-        k: t.bfloat16() if t is not None and t.is_floating_point() else t
-        for k, t in make_inputs(case, DEVICE).items()
-    }
-
-    def outputs(rows):
-        given = dict(tensors)
-        for name in ("input", "h0", "c0"):
-            if given[name] is not None:
-                given[name] = given[name][:, rows]
-        given["lengths"] = given["lengths"][rows]
-        return run(dataclasses.replace(case, rows=len(rows)), given, "cuda")[0]
-
+    outputs = outputs_of_rows(cell, 21)
     tiles(32)
     whole = outputs(list(range(21)))
     for rows, height in (([5], 8), ([20, 0, 17, 5, 9, 1, 2, 3, 4], 8), ([9, 8, 7, 6, 5], 16)):
@@ -182,32 +159,20 @@ def test_grid_and_step_path_are_one_function(cell, tiles, monkeypatch):
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 def test_infinite_states(cell, tiles):
-    """Infinities and NaN in the initial state reach what they reach in plain PyTorch."""
     tiles(16)
-    case = case_of(cell, rows=3, hidden=19, steps=3, dtype=torch.float32)
-    tensors = {
-        k: t.float() if t is not None and t.is_floating_point() else t
-        for k, t in make_inputs(case, DEVICE).items()
-    }
-    tensors["h0"][0, 1, 3] = float("inf")
-    tensors["h0"][0, 2, 4] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
-    wanted = run(case, tensors, "reference")[0]
-    for precision in ("tf32", "tf32x3", "ieee"):
-        with fp32_precision(precision):
-            got = run(case, tensors, "cuda")[0]
-        assert torch.equal(got.isnan(), wanted.isnan()), precision
+    assert_infinities_spread(cell, 19)
 
 
 # The plan and the kernels know the same needs, and the plan asks what fits.
 
 
 @pytest.mark.parametrize("product", planning.PRODUCTS)
-@pytest.mark.parametrize("cell", CELLS_OF_KERNELS)
+@pytest.mark.parametrize("cell", planning.CELLS)
 def test_the_plan_accounts_for_the_kernels(cell, product):
     """Blocks and shared memory, forward and backward, as the library counts them."""
     half = product in ("bfloat16", "float16")
     dtype = getattr(torch, product) if half else torch.float32
-    number = CELLS_OF_KERNELS.index(cell), planning.PRODUCTS.index(product)
+    number = planning.CELLS.index(cell), planning.PRODUCTS.index(product)
     for hidden in (*range(1, 300, 7), *range(300, 2400, 61)):
         for backward in (False, True):
             shape = shape_of(cell, hidden, "ieee" if half else product, dtype, backward)

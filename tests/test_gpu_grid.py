@@ -4,7 +4,8 @@ a row. The bodies run on a CPU too, tiny, as those of tests/test_gpu.py do."""
 import pytest
 import test_gpu
 import torch
-from test_gpu import DEVICE, capture, cuda_only, lstm_arguments, lstm_scan, size
+from test_gpu import DEVICE, size
+from test_gpu_calls import capture, cuda_only, lstm_arguments, lstm_scan
 
 pytestmark = [pytest.mark.gpu, test_gpu.pytestmark[1]]
 backend = test_gpu.backend

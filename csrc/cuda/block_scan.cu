@@ -41,24 +41,6 @@ constexpr Sizes sizes_of(Cell cell, Product product, bool backward) {
   }
 }
 
-template <Cell kCell, Product kProduct>
-struct Lanes;
-template <Product kProduct>
-struct Lanes<Cell::kLstm, kProduct> {
-  using Forward = LstmForwardLane<kProduct, BlockPlace>;
-  using Backward = LstmBackwardLane<kProduct, BlockPlace>;
-};
-template <Product kProduct>
-struct Lanes<Cell::kGru, kProduct> {
-  using Forward = GruForwardLane<kProduct, BlockPlace>;
-  using Backward = GruBackwardLane<kProduct, BlockPlace>;
-};
-template <Product kProduct>
-struct Lanes<Cell::kRnn, kProduct> {
-  using Forward = RnnForwardLane<kProduct, BlockPlace>;
-  using Backward = RnnBackwardLane<kProduct, BlockPlace>;
-};
-
 // Calls use.operator()<Lane, Traits>() for the smallest size that H fits, or does nothing.
 template <Cell kCell, Product kProduct, bool kBackward, int kIndex = 0, class Use>
 void with_size(int64_t hidden, const Use& use) {
@@ -68,7 +50,7 @@ void with_size(int64_t hidden, const Use& use) {
     if (hidden > kSize.max_units) {
       return with_size<kCell, kProduct, kBackward, kIndex + 1>(hidden, use);
     }
-    using Both = Lanes<kCell, kProduct>;
+    using Both = Lanes<kCell, kProduct, BlockPlace>;
     using Lane = std::conditional_t<kBackward, typename Both::Backward, typename Both::Forward>;
     using Traits = ProductTraits<kProduct, Lane::kGates, kSize.max_units, kSize.held,
                                  kBackward ? Lane::kGates : 1, Lane::kParts>;
@@ -98,7 +80,8 @@ template <Cell kCell, Product kProduct>
 template <class Call>
 void BlockScan<kCell, kProduct>::launch(const Call& call, void* stream) {
   const Layer& layer = call.layer;
-  constexpr bool kBackward = std::is_same_v<Call, typename Lanes<kCell, kProduct>::Backward::Call>;
+  constexpr bool kBackward =
+      std::is_same_v<Call, typename Lanes<kCell, kProduct, BlockPlace>::Backward::Call>;
   with_size<kCell, kProduct, kBackward>(layer.hidden, [&]<class Lane, class Traits>() {
     const Grid grid{(layer.batch + kRows - 1) / kRows, 1, threads_of(layer.hidden),
                     block_shared_bytes<Traits>(layer.hidden)};
@@ -112,12 +95,12 @@ void BlockScan<kCell, kProduct>::launch(const Call& call, void* stream) {
   });
 }
 
-#define FUSED_RNN_INSTANTIATE(cell, product)                             \
-  template struct BlockScan<Cell::cell, Product::product>;               \
-  template void BlockScan<Cell::cell, Product::product>::launch(         \
-      const Lanes<Cell::cell, Product::product>::Forward::Call&, void*); \
-  template void BlockScan<Cell::cell, Product::product>::launch(         \
-      const Lanes<Cell::cell, Product::product>::Backward::Call&, void*);
+#define FUSED_RNN_INSTANTIATE(cell, product)                                         \
+  template struct BlockScan<Cell::cell, Product::product>;                           \
+  template void BlockScan<Cell::cell, Product::product>::launch(                     \
+      const Lanes<Cell::cell, Product::product, BlockPlace>::Forward::Call&, void*); \
+  template void BlockScan<Cell::cell, Product::product>::launch(                     \
+      const Lanes<Cell::cell, Product::product, BlockPlace>::Backward::Call&, void*);
 FUSED_RNN_INSTANTIATE(FUSED_RNN_CELL, FUSED_RNN_PRODUCT)
 
 }  // namespace fused_rnn::cuda

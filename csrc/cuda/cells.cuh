@@ -347,4 +347,23 @@ struct RnnBackwardLane {
   }
 };
 
+// Both lanes of a cell.
+template <Cell kCell, Product kProduct, class Place>
+struct Lanes;
+template <Product kProduct, class Place>
+struct Lanes<Cell::kLstm, kProduct, Place> {
+  using Forward = LstmForwardLane<kProduct, Place>;
+  using Backward = LstmBackwardLane<kProduct, Place>;
+};
+template <Product kProduct, class Place>
+struct Lanes<Cell::kGru, kProduct, Place> {
+  using Forward = GruForwardLane<kProduct, Place>;
+  using Backward = GruBackwardLane<kProduct, Place>;
+};
+template <Product kProduct, class Place>
+struct Lanes<Cell::kRnn, kProduct, Place> {
+  using Forward = RnnForwardLane<kProduct, Place>;
+  using Backward = RnnBackwardLane<kProduct, Place>;
+};
+
 }  // namespace fused_rnn::cuda

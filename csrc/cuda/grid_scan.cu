@@ -11,24 +11,6 @@
 namespace fused_rnn::cuda {
 namespace {
 
-template <Cell kCell, Product kProduct, class Place>
-struct Lanes;
-template <Product kProduct, class Place>
-struct Lanes<Cell::kLstm, kProduct, Place> {
-  using Forward = LstmForwardLane<kProduct, Place>;
-  using Backward = LstmBackwardLane<kProduct, Place>;
-};
-template <Product kProduct, class Place>
-struct Lanes<Cell::kGru, kProduct, Place> {
-  using Forward = GruForwardLane<kProduct, Place>;
-  using Backward = GruBackwardLane<kProduct, Place>;
-};
-template <Product kProduct, class Place>
-struct Lanes<Cell::kRnn, kProduct, Place> {
-  using Forward = RnnForwardLane<kProduct, Place>;
-  using Backward = RnnBackwardLane<kProduct, Place>;
-};
-
 // Pieces of a warp's weights that are in registers, 8 for each tile of a piece: as many as 255
 // registers have room for without spilling.
 constexpr int held_of(Cell cell, Product product, bool backward, int unit_tiles) {
@@ -74,8 +56,7 @@ struct Kernel {
     // Asked at every launch, answered once: it takes some microseconds.
     static std::mutex mutex;
     static std::map<std::pair<int, size_t>, int64_t> known;
-    int device = 0;
-    check(cudaGetDevice(&device), "there is no current GPU");
+    const int device = current_device();
     const std::lock_guard<std::mutex> lock(mutex);
     const std::pair key{device, shared};
     if (!known.contains(key)) known[key] = ask_resident(device, shared);
@@ -84,19 +65,13 @@ struct Kernel {
   }
 #if !defined(FUSED_RNN_EMULATOR)
   static int64_t ask_resident(int device, size_t shared) {
-    int most = 0, multiprocessors = 0, cooperative = 0, blocks = 0;
-    const char* what = "the GPU does not say what it can run";
-    const auto ask = [&](int& value, cudaDeviceAttr attribute) {
-      check(cudaDeviceGetAttribute(&value, attribute, device), what);
-    };
-    ask(most, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    ask(multiprocessors, cudaDevAttrMultiProcessorCount);
-    ask(cooperative, cudaDevAttrCooperativeLaunch);
-    if (!cooperative || shared > static_cast<size_t>(most)) return 0;
+    if (!attribute(device, cudaDevAttrCooperativeLaunch)) return 0;
+    if (shared > most_shared(device)) return 0;
     allow_shared(function(), shared);
+    int blocks = 0;
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function(), kGridThreads, shared),
-          what);
-    return static_cast<int64_t>(blocks) * multiprocessors;
+          "the GPU does not say what it can run");
+    return int64_t{blocks} * attribute(device, cudaDevAttrMultiProcessorCount);
   }
 #endif
   static void launch(const Call& call, const GridWork& work, void* stream) {
@@ -131,17 +106,22 @@ struct Kernel {
 #endif
 };
 
-// Calls use.operator()<Kernel>() for blocks of so many units; false where there are none.
+// Calls use.operator()<Kernel>() for blocks of so many units, or does nothing where there are none.
 template <Cell kCell, Product kProduct, bool kBackward, class Use>
-bool with_units(int64_t units, const Use& use) {
-  if constexpr (kHasWide<kCell, kProduct, kBackward>) {
-    if (units == 2 * kUnits) {
-      use.template operator()<Kernel<kCell, kProduct, kBackward, 2>>();
-      return true;
-    }
+void with_units(int64_t units, const Use& use) {
+  if (units == kUnits) {
+    use.template operator()<Kernel<kCell, kProduct, kBackward, 1>>();
+  } else if constexpr (kHasWide<kCell, kProduct, kBackward>) {
+    if (units == 2 * kUnits) use.template operator()<Kernel<kCell, kProduct, kBackward, 2>>();
   }
-  if (units == kUnits) use.template operator()<Kernel<kCell, kProduct, kBackward, 1>>();
-  return units == kUnits;
+}
+template <Cell kCell, Product kProduct, class Use>
+void with_kernel(int64_t units, bool backward, const Use& use) {
+  if (backward) {
+    with_units<kCell, kProduct, true>(units, use);
+  } else {
+    with_units<kCell, kProduct, false>(units, use);
+  }
 }
 
 }  // namespace
@@ -149,24 +129,16 @@ bool with_units(int64_t units, const Use& use) {
 template <Cell kCell, Product kProduct>
 GridNeeds GridScan<kCell, kProduct>::needs(int64_t hidden, const GridTile& tile, bool backward) {
   GridNeeds found;
-  const auto use = [&]<class Kernel>() { found = Kernel::needs(hidden, tile.rows); };
-  if (backward) {
-    with_units<kCell, kProduct, true>(tile.units, use);
-  } else {
-    with_units<kCell, kProduct, false>(tile.units, use);
-  }
+  with_kernel<kCell, kProduct>(tile.units, backward,
+                               [&]<class Kernel>() { found = Kernel::needs(hidden, tile.rows); });
   return found;
 }
 
 template <Cell kCell, Product kProduct>
 int64_t GridScan<kCell, kProduct>::resident(int64_t hidden, const GridTile& tile, bool backward) {
   int64_t found = 0;
-  const auto use = [&]<class Kernel>() { found = Kernel::resident(hidden, tile.rows); };
-  if (backward) {
-    with_units<kCell, kProduct, true>(tile.units, use);
-  } else {
-    with_units<kCell, kProduct, false>(tile.units, use);
-  }
+  with_kernel<kCell, kProduct>(
+      tile.units, backward, [&]<class Kernel>() { found = Kernel::resident(hidden, tile.rows); });
   return found;
 }
 

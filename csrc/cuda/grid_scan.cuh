@@ -7,7 +7,7 @@
 // operand is on its way, the next is computed.
 //
 // Synchronization. arrived[pair][slice] counts the operands a block has published, a group at a
-// time. A block writes an operand, its threads meet, one adds to the count by a release; a warp
+// time. A block writes an operand, its threads meet, one raises the count by a release; a warp
 // that is to read waits by acquire until the blocks it reads from have come as far. Operands lie
 // twice in memory, by the parity of the step: what a block overwrites was read by all others before
 // they published the operand it has since read.
@@ -36,7 +36,6 @@ struct GridPlace {
   int first_unit;                // the first slot's
   bool is[kSlots];
 
-  static FUSED_RNN_DEVICE constexpr int row_index(int) { return 0; }
   static FUSED_RNN_DEVICE constexpr int unit_index(int slot) { return slot; }
   static FUSED_RNN_DEVICE constexpr int slot_of_unit(int n) { return n; }
   static FUSED_RNN_DEVICE int tile_row() { return thread_index() / kUnits; }

@@ -40,17 +40,32 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("fused_rnn: ") + what + ": " + cudaGetErrorString(error));
 }
 
+inline int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "there is no current GPU");
+  return device;
+}
+inline int attribute(int device, cudaDeviceAttr which) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "the GPU does not say what it has");
+  return value;
+}
+// Shared memory that one block may have.
+inline size_t most_shared(int device) {
+  return static_cast<size_t>(attribute(device, cudaDevAttrMaxSharedMemoryPerBlockOptin));
+}
+
 // More shared memory than a kernel has by itself has to be asked for: as much as there is, for
 // another thread may be about to launch the same kernel with more than this launch takes.
 template <class Argument>
 void allow_shared(void (*kernel)(const Argument), size_t bytes) {
   if (bytes <= 48 * 1024) return;
   const char* what = "the GPU does not have the shared memory a scan of this size needs";
-  int device = 0, most = 0;
-  check(cudaGetDevice(&device), "there is no current GPU");
-  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), what);
-  if (bytes > static_cast<size_t>(most)) check(cudaErrorInvalidValue, what);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), what);
+  const size_t most = most_shared(current_device());
+  if (bytes > most) check(cudaErrorInvalidValue, what);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(most)),
+        what);
 }
 
 // together: all blocks are resident at the same time, or the launch fails.

@@ -1,8 +1,7 @@
 // Where rows and steps lie in memory, and reading and writing a lane's slots.
 //
 // A lane's slots are given by a Place: kSlots (unit, row) pairs, of kLaneUnits units and kLaneRows
-// rows; row_index(slot) and unit_index(slot) say of which of them, is[slot] whether row and unit
-// exist.
+// rows; unit_index(slot) says of which of the units, is[slot] whether row and unit exist.
 #pragma once
 
 #include "cuda/flags.cuh"
@@ -62,7 +61,6 @@ struct BlockPlace {
     FUSED_RNN_UNROLL
     for (int i = 0; i < kSlots; ++i) is[i] = row(i % 2) < batch && unit(i) < hidden;
   }
-  static FUSED_RNN_DEVICE constexpr int row_index(int slot) { return slot % 2; }
   static FUSED_RNN_DEVICE constexpr int unit_index(int slot) { return slot / 2; }
   static FUSED_RNN_DEVICE constexpr int slot_of_unit(int n) { return 2 * n; }
   static FUSED_RNN_DEVICE int64_t first_row() { return static_cast<int64_t>(block_x()) * kRows; }

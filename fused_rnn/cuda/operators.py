@@ -56,7 +56,6 @@ def _no_less_than(precision: str, device: torch.device):
 
 
 _NOTHING = contextlib.nullcontext()
-_CELLS = ("lstm", "gru", "rnn")  # as csrc/cuda/params.h numbers them
 
 
 def _kernel(model: devices.Device, shape: Shape, device: torch.device):
@@ -68,7 +67,7 @@ def _kernel(model: devices.Device, shape: Shape, device: torch.device):
     while isinstance(found, planning.Grid):
         product = planning.PRODUCTS.index(planning.product_of(shape))
         scan = (
-            *(_CELLS.index(shape.cell), product, shape.H),
+            *(planning.CELLS.index(shape.cell), product, shape.H),
             *(found.kernel, found.rows, shape.backward),
         )
         with torch.cuda.device(device) if device.type == "cuda" else _NOTHING:
@@ -97,7 +96,7 @@ def _run(name: str, w_hh: Tensor, sequence: Tensor, *args, proj=0, reset_after=T
         )
         if shape.H and S and w_hh.dtype in ACC_DTYPE:
             kernel = _kernel(model, shape, device)
-    on, stream = contextlib.nullcontext(), 0
+    on, stream = _NOTHING, 0
     if device.type == "cuda":
         on, stream = torch.cuda.device(device), torch.cuda.current_stream(device).cuda_stream
     op = getattr(torch.ops.fused_rnn, f"cuda_scan_{name}").default

@@ -5,9 +5,9 @@ threads and shared memory is csrc/cuda's, told here again so that any machine ca
 the two together). Whatever has neither goes step by step, with torch's matrix products.
 """
 
+import itertools
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import product
 
 import torch
 
@@ -28,6 +28,7 @@ from fused_rnn.plan import chosen as triton_chosen
 
 KERNELS = ("step", "block", "grid", "wide grid")  # as the operators number them
 PRODUCTS = ("bfloat16", "float16", "tf32", "tf32x3", "ieee")  # as csrc/cuda/params.h does
+CELLS = ("lstm", "gru", "rnn")  # likewise
 HALVES = PRODUCTS[:2]  # of 16-bit numbers
 ROWS = 8  # of the batch, of one block scan's block
 UNITS = 16  # of a warp of a block scan, of a block of a grid scan
@@ -168,19 +169,22 @@ def _held(shape: Shape, units: int) -> int:
 def scatters(shape: Shape) -> bool:
     """Whether a backward grid scan hands round sums instead of the gates' gradients: where these
     are more bytes than 8, a float32 written and read, for a unit and row."""
-    return shape.backward and shape.gates * (2 if product_of(shape) in HALVES else 4) > 8
+    return shape.backward and shape.gates * shape.itemsize > 8
+
+
+def _gathers_back(shape: Shape) -> bool:
+    return shape.backward and not scatters(shape)
 
 
 def grid_tiles(shape: Shape, units: int) -> int:
     """Tiles of 16 rows in a piece of a grid scan's weights."""
-    return units // UNITS if shape.backward and not scatters(shape) else shape.gates
+    return units // UNITS if _gathers_back(shape) else shape.gates
 
 
 def grid_weight_bytes(shape: Shape, units: int) -> int:
     """Shared memory of a block's weights that are not in registers."""
-    pair_units = 64 // (2 if product_of(shape) in HALVES else 4)
-    pieces = _ceil(_ceil(shape.H, pair_units), WARPS)
-    if shape.backward and not scatters(shape):
+    pieces = _ceil(_ceil(shape.H, 64 // shape.itemsize), WARPS)
+    if _gathers_back(shape):
         pieces *= shape.gates
     return WARPS * max(0, pieces - _held(shape, units)) * grid_tiles(shape, units) * 2 * 32 * 16
 
@@ -191,7 +195,7 @@ def grid_kernel(shape: Shape, rows: int, units: int = UNITS) -> Grid | None:
     gradients of several gates."""
     if shape.proj or not shape.reset_after or shape.dtype == torch.float64:
         return None
-    if units != UNITS and (not shape.backward or scatters(shape) or shape.cell == "rnn"):
+    if units != UNITS and (not _gathers_back(shape) or shape.cell == "rnn"):
         return None
     tiles = grid_tiles(shape, units)
     products = tiles * 2 * (512 if scatters(shape) else WARPS * UNITS * 8 * 4)
@@ -207,7 +211,7 @@ def grid_plan(device: Device, shape: Shape) -> Grid | None:
     if device.backend != "cuda" or int(device.arch) < 80:
         return None
     fitting = []
-    for rows, units in product(TILE_ROWS, (UNITS, 2 * UNITS)):
+    for rows, units in itertools.product(TILE_ROWS, (UNITS, 2 * UNITS)):
         found = grid_kernel(shape, rows, units)
         if found is None or (fitting and rows >= shape.B + GROUP):
             continue
@@ -249,6 +253,11 @@ class Prediction:
 FAST_EXPONENTIAL = 2 * 128 / 16
 
 
+def _exponential(shape: Shape) -> float:
+    exact = product_of(shape) in ("ieee", "tf32x3")
+    return EXPONENTIAL_INSTRUCTIONS if exact else FAST_EXPONENTIAL
+
+
 # What a grid scan's step takes besides its work, in latencies of L2: an operand written, the count
 # after it on its way, polls that find it half a turn late, the operand read.
 GRID_TRIPS = 3.5
@@ -258,10 +267,8 @@ def predict_grid(device: Device, shape: Shape, plan: Grid, sequences: float) -> 
     """The model of a grid scan: groups of rows follow one another through a step, and what is on
     its way costs nothing while there are others to compute."""
     us_per_cycle = 1e-3 / device.clock
-    kind = product_of(shape)
-    half = kind in HALVES
-    size = 2 if half else 4
-    parts = 3 if half and shape.cell == "rnn" and not shape.backward else 1
+    size = shape.itemsize
+    parts = 3 if size == 2 and shape.cell == "rnn" and not shape.backward else 1
     sources = shape.gates if shape.backward else 1
     tiles, scattering = grid_tiles(shape, plan.units), scatters(shape)
     rows = min(plan.rows, _ceil(shape.B, ROWS) * ROWS)
@@ -279,14 +286,12 @@ def predict_grid(device: Device, shape: Shape, plan: Grid, sequences: float) -> 
         traffic / device.l2_one, traffic * plan.slices * side_by_side * device.clock / device.l2
     )
     in_shared = grid_weight_bytes(shape, plan.units) / 128
-    if kind == "ieee":  # handing operands round takes longer than multiplying them
+    if product_of(shape) == "ieee":  # handing operands round takes longer than multiplying them
         work, chain = 3 * work, 3 * chain
-    exponential = FAST_EXPONENTIAL
-    if kind in ("ieee", "tf32x3"):
-        exponential = EXPONENTIAL_INSTRUCTIONS
     passed = shape.gates * size if scattering else 2 * tiles * 4  # a warp, for a unit and row
     sums = WARPS * UNITS * in_group * passed / 128
-    arithmetic = arithmetic_cycles(shape, plan.units * in_group, exponential) + EXCHANGE_CYCLES
+    arithmetic = arithmetic_cycles(shape, plan.units * in_group, _exponential(shape))
+    arithmetic += EXCHANGE_CYCLES
     group = max(work, chain, traffic, in_shared) + sums + arithmetic
     latency = group + GRID_TRIPS * L2_CYCLES
     return Prediction(
@@ -331,12 +336,9 @@ def predict(device: Device, shape: Shape, plan: Block | Grid | Step) -> Predicti
     parts = operand_bytes(shape, plan.max_units) // (2 * ROWS * plan.max_units * size)
     read = plan.threads // 32 * parts * ROWS * units * size + weight_bytes(shape, plan.held)
     chain = units * size / 32 * MMA_CYCLES * (3 if product == "tf32x3" else 1)
-    exponential = FAST_EXPONENTIAL
     if product == "ieee":
         chain = units * 4.0  # one multiply-add after another
-    if product in ("ieee", "tf32x3"):
-        exponential = EXPONENTIAL_INSTRUCTIONS
-    arithmetic = arithmetic_cycles(shape, units * ROWS, exponential)
+    arithmetic = arithmetic_cycles(shape, units * ROWS, _exponential(shape))
     alone = max(work, read / 128, chain) + arithmetic + EXCHANGE_CYCLES + L2_CYCLES / 4
     return Prediction(
         plan,
