@@ -78,7 +78,7 @@ def _without_padding(x: Tensor, flags: Tensor | None) -> Tensor:
     return torch.where(ended, 0, x)
 
 
-def _project(spec: LayerSpec, x: Tensor, w_ih: Tensor | None, bias: Tensor | None) -> Tensor:
+def project(spec: LayerSpec, x: Tensor, w_ih: Tensor | None, bias: Tensor | None) -> Tensor:
     """gates_x [T, B, S, G*H]: x W_ih^T + bias for the whole stack in one matrix product."""
     if w_ih is None:
         return x if bias is None else x + bias
@@ -99,21 +99,27 @@ def _project(spec: LayerSpec, x: Tensor, w_ih: Tensor | None, bias: Tensor | Non
 def forward(spec: LayerSpec, inputs: LayerInputs, training: bool) -> tuple[Tensor, ...]:
     """Run a layer: (y, h_n, c_n, cells, gates) for the LSTM, (y, h_n, gates) for the GRU,
     (y, h_n) for the RNN; without cells and gates when not ``training``."""
-    x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, flags = inputs
-    bias, b_hn = fold_bias(spec, b_ih, b_hh, w_hh.shape[2])
-    gates_x = _project(spec, x, w_ih, bias)
-    op, reverse = ops.family(spec.backend), spec.reverse
+    bias, b_hn = fold_bias(spec, inputs.b_ih, inputs.b_hh, inputs.w_hh.shape[2])
+    gates_x = project(spec, inputs.x, inputs.w_ih, bias)
+    return forward_scan(spec, gates_x, b_hn, inputs, training)
+
+
+def forward_scan(
+    spec: LayerSpec, gates_x: Tensor, b_hn: Tensor | None, inputs: LayerInputs, training: bool
+) -> tuple[Tensor, ...]:
+    """The forward scan alone, of whose ``inputs`` it takes what ``gates_x`` and ``b_hn`` do not
+    hold; returns what ``forward`` does."""
+    op, reverse, flags = ops.family(spec.backend), spec.reverse, inputs.flags
+    w_hh, h0 = inputs.w_hh, inputs.h0
+    if spec.cell == "rnn":
+        return op["rnn_forward"](gates_x, w_hh, h0, flags, reverse, spec.relu)
     if spec.cell == "lstm":
-        if training:
-            return op["lstm_forward"](gates_x, w_hh, w_hr, h0, c0, flags, reverse, spec.keep_gates)
-        return op["lstm_inference"](gates_x, w_hh, w_hr, h0, c0, flags, reverse)
-    if spec.cell == "gru":
-        if training:
-            return op["gru_forward"](
-                gates_x, w_hh, b_hn, h0, flags, reverse, spec.reset_after, spec.keep_gates
-            )
-        return op["gru_inference"](gates_x, w_hh, b_hn, h0, flags, reverse, spec.reset_after)
-    return op["rnn_forward"](gates_x, w_hh, h0, flags, reverse, spec.relu)
+        args = (gates_x, w_hh, inputs.w_hr, h0, inputs.c0, flags, reverse)
+    else:
+        args = (gates_x, w_hh, b_hn, h0, flags, reverse, spec.reset_after)
+    if training:
+        return op[f"{spec.cell}_forward"](*args, spec.keep_gates)
+    return op[f"{spec.cell}_inference"](*args)
 
 
 def reference_forward(spec: LayerSpec, inputs: LayerInputs) -> tuple[Tensor, ...]:
@@ -145,7 +151,7 @@ def reference_scan(spec: LayerSpec, inputs: LayerInputs) -> tuple[Tensor, ...]:
     return reference.rnn_scan(gates_x, w_hh, h0, relu=spec.relu, **common)
 
 
-def _entering(spec: LayerSpec, states: Tensor, s0: Tensor, flags: Tensor | None) -> Tensor:
+def entering(spec: LayerSpec, states: Tensor, s0: Tensor, flags: Tensor | None) -> Tensor:
     """The state that enters each step: states after each step [T, B, S, P], s0 [S, B, P]
     -> [T, B, S, P] in the states' dtype."""
     s0 = s0.to(states.dtype)
@@ -172,7 +178,7 @@ def _rebuild_gates(spec: LayerSpec, inputs: LayerInputs, h_prev: Tensor | None) 
     x, w_ih, w_hh, b_ih, b_hh, _, _, _, flags = inputs
     size = w_hh.shape[2]
     bias, b_hn = fold_bias(spec, b_ih, b_hh, size)
-    gates_x = _project(spec, _without_padding(x, flags if spec.ragged else None), w_ih, bias)
+    gates_x = project(spec, _without_padding(x, flags if spec.ragged else None), w_ih, bias)
 
     def recurrent(h: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         """h [T, B, S, P] times w [S, N, P]^T -> [T, B, S, N]."""
@@ -203,27 +209,62 @@ def backward(
     ``grads`` are those of ``forward``'s differentiable outputs, ``tape`` is (y, cells, gates) for
     the LSTM, (y, gates) for the GRU and (y,) for the RNN.
     """
-    op, reverse, flags = ops.family(spec.backend), spec.reverse, inputs.flags
     want = LayerInputs(*wanted, False)
-    w_hh = inputs.w_hh
-    y, size = tape[0], w_hh.shape[2]
     rebuild = spec.cell != "rnn" and not spec.keep_gates
     h_prev = None
     if want.w_hh or rebuild:
-        h_prev = _entering(spec, y, inputs.h0, flags)
+        h_prev = entering(spec, tape[0], inputs.h0, inputs.flags)
     gates = _rebuild_gates(spec, inputs, h_prev) if rebuild else tape[-1]
+    found = backward_scan(spec, grads, inputs, (*tape[:-1], gates))
+    return layer_gradients(spec, want, inputs, h_prev, (*tape[:-1], gates), found)
 
-    dc0 = dh = dgates_hn = None
+
+class ScanGradients(NamedTuple):
+    """What the backward scans return; None where the cell has no such."""
+
+    dgates: Tensor
+    dgates_hn: Tensor | None  # GRU
+    dh0: Tensor
+    dc0: Tensor | None  # LSTM
+    dh: Tensor | None  # LSTM
+
+
+def backward_scan(
+    spec: LayerSpec,
+    grads: tuple[Tensor | None, ...],
+    inputs: LayerInputs,
+    tape: tuple[Tensor, ...],
+) -> ScanGradients:
+    """The backward scan alone; arguments as ``backward``'s, with the tape's gates."""
+    op, w_hh, flags = ops.family(spec.backend), inputs.w_hh, inputs.flags
     if spec.cell == "lstm":
         dgates, dh0, dc0, dh = op["lstm_backward"](
-            *grads, w_hh, inputs.w_hr, inputs.c0, tape[1], gates, flags, reverse
+            *grads, w_hh, inputs.w_hr, inputs.c0, *tape[1:], flags, spec.reverse
         )
-    elif spec.cell == "gru":
+        return ScanGradients(dgates, None, dh0, dc0, dh)
+    if spec.cell == "gru":
         dgates, dgates_hn, dh0 = op["gru_backward"](
-            *grads, w_hh, inputs.h0, y, gates, flags, reverse, spec.reset_after
+            *grads, w_hh, inputs.h0, *tape, flags, spec.reverse, spec.reset_after
         )
-    else:
-        dgates, dh0 = op["rnn_backward"](*grads, w_hh, y, flags, reverse, spec.relu)
+        return ScanGradients(dgates, dgates_hn, dh0, None, None)
+    dgates, dh0 = op["rnn_backward"](*grads, w_hh, *tape, flags, spec.reverse, spec.relu)
+    return ScanGradients(dgates, None, dh0, None, None)
+
+
+def layer_gradients(
+    spec: LayerSpec,
+    want: LayerInputs,
+    inputs: LayerInputs,
+    h_prev: Tensor | None,
+    tape: tuple[Tensor, ...],
+    found: ScanGradients,
+) -> LayerInputs:
+    """The gradients ``want`` marks, by matrix products over all steps of what the scan ``found``.
+    h_prev is the state that enters each step, needed for w_hh's; the tape as ``backward_scan``'s,
+    of which the GRU's reset-before variant and the projection need the gates."""
+    op, flags, size = ops.family(spec.backend), inputs.flags, inputs.w_hh.shape[2]
+    dgates, dgates_hn, dh0, dc0, dh = found
+    gates = tape[-1]
 
     def over_steps(left: Tensor, right: Tensor) -> Tensor:
         """sum over t, b of left [T, B, S, M] outer right [T, B, S, N] -> [S, M, N]."""
@@ -291,7 +332,7 @@ def _substitute(run, inputs, places):
     return function, tuple(inputs[k] for k in places)
 
 
-def _vjp(run, inputs, places, cotangents):
+def vjp(run, inputs, places, cotangents):
     """Gradients of ``run(inputs) -> outputs`` at ``places``; a cotangent of None is zero."""
     function, chosen = _substitute(run, inputs, places)
     outputs, pull = torch.func.vjp(function, *chosen)
@@ -326,7 +367,7 @@ def _run_backward(spec, wanted):
     any number of times."""
     places = [k for k, needed in enumerate(wanted) if needed]
     count = _OUTPUTS[spec.cell]
-    return lambda given: _vjp(_run_forward(spec), given[count:], places, given[:count])
+    return lambda given: vjp(_run_forward(spec), given[count:], places, given[:count])
 
 
 class ScanBackward(torch.autograd.Function):
@@ -359,7 +400,7 @@ class ScanBackward(torch.autograd.Function):
         saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[2 : 2 + len(saved)]
         places = [k for k, needed in enumerate(needs) if needed and saved[k] is not None]
-        found = _vjp(_run_backward(ctx.spec, ctx.wanted), saved, places, cotangents)
+        found = vjp(_run_backward(ctx.spec, ctx.wanted), saved, places, cotangents)
         results: list = [None] * (2 + ctx.count)
         for k, grad in zip(places, found, strict=True):
             results[2 + k] = grad
@@ -423,7 +464,7 @@ class LibraryLayer(torch.autograd.Function):
         places = [k for k, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
         if torch.is_grad_enabled():
             cotangents = (*grads, *(None,) * (_OUTPUTS[ctx.spec.cell] - len(grads)))
-            found = _vjp(_run_forward(ctx.spec), saved, places, cotangents)
+            found = vjp(_run_forward(ctx.spec), saved, places, cotangents)
         else:
             leaves, outputs = ctx.inner
             given = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]

@@ -6,7 +6,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from fused_rnn import autograd, backends
+from fused_rnn import autograd, backends, wavefront
 from fused_rnn.autograd import LayerInputs, LayerSpec
 from fused_rnn.ops import ACC_DTYPE, GATES
 from fused_rnn.reference import ENDED, RESET
@@ -173,6 +173,75 @@ def run_layer(
     return _run_layer(cell, inputs, reverse, **options)
 
 
+def may_wave(device: torch.device) -> bool:
+    """Whether ``run_layers`` is worth asking: what is known before weights are read."""
+    if device.type != "cuda":
+        # The CUDA backend, emulated. (On a CPU, what autocast casts differs with the cell.)
+        if backends.current_backend() != "cuda" or torch.is_autocast_enabled(device.type):
+            return False
+    return not (torch.compiler.is_compiling() or autograd.transformed())
+
+
+def run_layers(
+    cell: str, x: Tensor, layers: list[wavefront.WaveLayer], dropout: float, relu: bool
+) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+    """Layers of one direction as a wave: y [T, B, H] and the final states [L, B, H]. None where
+    that is not possible or not predicted to be faster: ``run_layer`` for each, then."""
+    device = x.device
+    low = None
+    if torch.is_autocast_enabled(device.type):
+        low = torch.get_autocast_dtype(device.type)
+    with torch.autocast(device.type, enabled=False):
+        inputs = []
+        for layer in layers:
+            given = LayerInputs(x, *layer[:4], None, layer.h0, layer.c0, None)
+            given = given if low is None else _autocast(given, low, False)
+            _same_device(given)
+            _same_dtype(given)
+            inputs.append(given)
+        x, w_hh = inputs[0].x, inputs[0].w_hh
+        request = _request(cell, inputs[0], (False,))
+        if any(g.w_hh.dtype != w_hh.dtype for g in inputs) or backends.choose(request) != "cuda":
+            return None
+        from fused_rnn.cuda.operators import wave_chunk
+
+        chunk = wave_chunk(cell, w_hh, len(layers), *x.shape[:2])
+        if chunk is None:
+            return None
+        layers = [wavefront.WaveLayer(*given[1:5], given.h0, given.c0) for given in inputs]
+        spec = wavefront.WaveSpec(LayerSpec(cell, "cuda", (False,), relu=relu), chunk, dropout)
+        kept: list[Tensor | None] = [None] * (len(layers) - 1)
+        if dropout:
+            sizes = (*x.shape[:2], w_hh.shape[2])
+            kept = [torch.rand(sizes, device=device) >= dropout for _ in kept]
+        if any(_needs_gradient(given) for given in inputs):
+            flat = (t for layer in layers for t in layer)
+            y, *finals = wavefront.Wave.apply(spec, len(layers), x, *flat, *kept)
+        else:
+            y, *finals, _ = wavefront.forward(spec, x, layers, [*kept, None], training=False)
+        return y, tuple(state.to(w_hh.dtype) for state in finals if state is not None)
+
+
+def _request(
+    cell: str,
+    inputs: LayerInputs,
+    reverse: tuple[bool, ...],
+    return_cells: bool = False,
+    reset_after: bool = True,
+) -> backends.Request:
+    return backends.Request(
+        cell,
+        inputs.x.device.type,
+        inputs.w_hh.dtype,
+        reverse,
+        inputs.flags is not None,
+        return_cells,
+        reset_after,
+        inputs.w_ih is None,
+        *_sizes(inputs),
+    )
+
+
 def _sizes(inputs: LayerInputs):
     """device_index, rows, hidden and proj of a backends.Request, for a GPU's choice."""
     if inputs.x.device.type != "cuda" or torch.compiler.is_compiling() or autograd.transformed():
@@ -199,17 +268,7 @@ def _run_layer(
     io = w_hh.dtype
     _same_device(inputs)
     _same_dtype(inputs)
-    request = backends.Request(
-        cell,
-        inputs.x.device.type,
-        io,
-        reverse,
-        inputs.flags is not None,
-        return_cells,
-        reset_after,
-        inputs.w_ih is None,
-        *_sizes(inputs),
-    )
+    request = _request(cell, inputs, reverse, return_cells, reset_after)
     name = backends.choose(request, backend)
     keep = tape == "keep"
     spec = LayerSpec(cell, name, reverse, reset_after, relu, keep, ragged)

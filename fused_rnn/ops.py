@@ -35,7 +35,7 @@ def _lstm_state(gates_x, w_hh, h0, c0):
     steps, rows, stack, width = gates_x.shape
     hidden, acc = width // 4, ACC_DTYPE[w_hh.dtype]
     y = w_hh.new_empty((steps, rows, stack, w_hh.shape[2]))
-    h_n = w_hh.new_empty((stack, rows, w_hh.shape[2]))
+    h_n = h0.new_empty((stack, rows, w_hh.shape[2]))
     c_n = w_hh.new_empty((stack, rows, hidden), dtype=acc)
     return y, h_n, c_n
 
@@ -73,7 +73,7 @@ def _fake_gru_forward(gates_x, w_hh, b_hn, h0, flags, reverse, reset_after, keep
 def _fake_gru_inference(gates_x, w_hh, b_hn, h0, flags, reverse, reset_after):
     steps, rows, stack, _ = gates_x.shape
     hidden = w_hh.shape[2]
-    return w_hh.new_empty((steps, rows, stack, hidden)), w_hh.new_empty((stack, rows, hidden))
+    return w_hh.new_empty((steps, rows, stack, hidden)), h0.new_empty((stack, rows, hidden))
 
 
 def _fake_gru_backward(dy, dh_n, w_hh, h0, y, gates, flags, reverse, reset_after):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import UNDER_TEST
+from conftest import UNDER_TEST, interpreted
 
 from fused_rnn import ops
 from fused_rnn.precision import fp32_precision
@@ -116,6 +116,23 @@ def test_missing_gradients_are_zero(backend, name):
         absent[k], zero[k] = None, torch.zeros_like(args[k])
         for ours, theirs in zip(op(*absent), op(*zero), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["lstm_forward", "gru_inference", "rnn_forward"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_final_state_in_the_initial_states_dtype(backend, name):
+    """A state in the arithmetic's dtype comes back unrounded: chunks of a sequence continue it."""
+    op = ops.family(backend)[name]
+    args = list(samples(backend, name, torch.bfloat16))
+    at = {"lstm": 3, "gru": 3, "rnn": 2}[name[:4].rstrip("_")]
+    rounded = op(*args)[1]
+    args[at] = args[at].float()
+    unrounded = op(*args)[1]
+    assert rounded.dtype == torch.bfloat16 and unrounded.dtype == torch.float32
+    one_place = 2**-7 if interpreted(backend) else 0  # NumPy cuts off where others round
+    torch.testing.assert_close(unrounded.bfloat16(), rounded, rtol=one_place, atol=0)
+    if name != "lstm_forward":
+        assert not torch.equal(unrounded, rounded.float())
 
 
 @pytest.mark.parametrize("name", [*ops.OPERATORS, "matmul"])

@@ -76,7 +76,7 @@ struct LstmForwardLane {
     }
   }
   FUSED_RNN_DEVICE void finish(const Call& p, const Place& place, int i) const {
-    put_io<kProduct>(p.h_n, place.at(p.h_n, 0, i), h[i]);
+    put_state<kProduct>(p.h_n, place.at(p.h_n, 0, i), h[i]);
     put(p.c_n, place.at(p.c_n, 0, i), c[i]);
   }
 };
@@ -135,7 +135,7 @@ struct GruForwardLane {
     }
   }
   FUSED_RNN_DEVICE void finish(const Call& p, const Place& place, int i) const {
-    put_io<kProduct>(p.h_n, place.at(p.h_n, 0, i), h[i]);
+    put_state<kProduct>(p.h_n, place.at(p.h_n, 0, i), h[i]);
   }
 };
 
@@ -173,7 +173,7 @@ struct RnnForwardLane {
     put_io<kProduct>(p.y, place.at(p.y, t, i), live ? h[i] : 0.0f);
   }
   FUSED_RNN_DEVICE void finish(const Call& p, const Place& place, int i) const {
-    put_io<kProduct>(p.h_n, place.at(p.h_n, 0, i), h[i]);
+    put_state<kProduct>(p.h_n, place.at(p.h_n, 0, i), h[i]);
   }
 };
 

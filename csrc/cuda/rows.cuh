@@ -32,6 +32,12 @@ FUSED_RNN_DEVICE void put_io(const Rows& rows, int64_t at, float value) {
 FUSED_RNN_DEVICE void put(const Rows& rows, int64_t at, float value) {
   store(static_cast<float*>(rows.data) + at, value);
 }
+// Of a tensor of io or float32.
+template <Product kProduct>
+FUSED_RNN_DEVICE void put_state(const Rows& rows, int64_t at, float value) {
+  if (rows.dtype == DType::kFloat32) return put(rows, at, value);
+  put_io<kProduct>(rows, at, value);
+}
 
 // The bits of weight [row, k] of an entry, for the tensor cores or as float32.
 template <Product kProduct>

@@ -35,7 +35,7 @@ struct LstmForward {
   Layer layer;
   Rows gates_x, h0, c0;    // [T, B, S, 4H] [S, B, P] [S, B, H]
   Rows w_hh, w_hr;         // entry and row strides: [S, 4H, P] [S, P, H]
-  Rows y, h_n;             // [T, B, S, P] [S, B, P] io
+  Rows y, h_n;             // [T, B, S, P] io, [S, B, P] of h0's dtype
   Rows c_n, cells, gates;  // [S, B, H] [T, B, S, H] [T, B, S, 4H] acc; the last two may be null
 };
 

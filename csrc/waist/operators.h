@@ -222,7 +222,7 @@ LstmOutputs run_lstm_forward(const Run& run, const Tensor& gates_x, const Tensor
   l.reverse = take.reverse(reverse, l.stack);
   LstmOutputs out;
   out.y = take.output("y", {l.steps, l.batch, l.stack, l.out}, take.io(), p.y);
-  out.h_n = take.output("h_n", {l.stack, l.batch, l.out}, take.io(), p.h_n);
+  out.h_n = take.output("h_n", {l.stack, l.batch, l.out}, p.h0.dtype, p.h_n);
   out.c_n = take.output("c_n", {l.stack, l.batch, l.hidden}, take.acc(), p.c_n);
   if (keep_cells) {
     const int64_t width = keep_gates ? 4 * l.hidden : 0;
@@ -291,7 +291,7 @@ GruOutputs run_gru_forward(const Run& run, const Tensor& gates_x, const Tensor& 
   p.reset_after = reset_after;
   GruOutputs out;
   out.y = take.output("y", {l.steps, l.batch, l.stack, l.hidden}, take.io(), p.y);
-  out.h_n = take.output("h_n", {l.stack, l.batch, l.hidden}, take.io(), p.h_n);
+  out.h_n = take.output("h_n", {l.stack, l.batch, l.hidden}, p.h0.dtype, p.h_n);
   if (returns_gates) {
     const int64_t width = keep_gates ? (reset_after ? 4 : 3) * l.hidden : 0;
     out.gates = take.output("gates", {l.steps, l.batch, l.stack, width}, take.acc(), p.gates);
@@ -351,7 +351,7 @@ std::tuple<Tensor, Tensor> run_rnn_forward(const Run& run, const Tensor& gates_x
   l.reverse = take.reverse(reverse, l.stack);
   p.relu = relu;
   Tensor y = take.output("y", {l.steps, l.batch, l.stack, l.hidden}, take.io(), p.y);
-  Tensor h_n = take.output("h_n", {l.stack, l.batch, l.hidden}, take.io(), p.h_n);
+  Tensor h_n = take.output("h_n", {l.stack, l.batch, l.hidden}, p.h0.dtype, p.h_n);
   run(p, take);
   return {y, h_n};
 }

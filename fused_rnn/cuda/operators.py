@@ -21,7 +21,8 @@ from fused_rnn.precision import current_fp32_precision
 _EMULATED_DEVICE = replace(devices.DEVICES["H200"], together=16)
 
 
-def _device_model(device: torch.device) -> devices.Device:
+def device_model(device: torch.device) -> devices.Device:
+    """The model plans are made by; grid scans are in none once one of them was lost."""
     if reason := library.why_unavailable():
         raise RuntimeError(f"the CUDA backend is unavailable: {reason}")
     if device.type == "cpu":
@@ -30,9 +31,11 @@ def _device_model(device: torch.device) -> devices.Device:
                 "the CUDA backend runs on NVIDIA GPUs, the tensors are on the CPU; move them to a"
                 " GPU"
             )
-        return _EMULATED_DEVICE
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return devices.device_of(index)
+        model = _EMULATED_DEVICE
+    else:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        model = devices.device_of(index)
+    return replace(model, together=0) if library.grids_lost() else model
 
 
 _settings = threading.Lock()
@@ -61,8 +64,6 @@ _NOTHING = contextlib.nullcontext()
 def _kernel(model: devices.Device, shape: Shape, device: torch.device):
     """The kernel a shape gets: one of a grid scan's only where the GPU says that all its blocks run
     at the same time."""
-    if library.grids_lost():
-        model = replace(model, together=0)
     found = planning.choose(model, shape)
     while isinstance(found, planning.Grid):
         product = planning.PRODUCTS.index(planning.product_of(shape))
@@ -79,14 +80,30 @@ def _kernel(model: devices.Device, shape: Shape, device: torch.device):
     return found
 
 
+def wave_chunk(cell: str, w_hh: Tensor, layers: int, steps: int, rows: int) -> int | None:
+    """Steps of a chunk where layers, whose weights are as w_hh [1, G*H, H], are predicted to be
+    faster as a wave; None elsewhere."""
+    device = w_hh.device
+    model = device_model(device)
+    if rows == 0 or w_hh.shape[2] == 0:
+        return None
+    sizes = (1, rows, w_hh.shape[2], w_hh.dtype)
+    shape = Shape(cell, *sizes, precision=_precision(model, w_hh))
+    return planning.wave_chunk(model, shape, layers, steps)
+
+
+def _precision(model: devices.Device, w_hh: Tensor) -> str:
+    if w_hh.dtype == torch.float32 and model.has_tf32:
+        return current_fp32_precision(w_hh.device.type)
+    return "ieee"
+
+
 def _run(name: str, w_hh: Tensor, sequence: Tensor, *args, proj=0, reset_after=True):
     """One of the library's operators, with the kernel its shape gets."""
     cell, direction = name.split("_")
     device = w_hh.device
-    model = _device_model(device)
-    precision = "ieee"
-    if w_hh.dtype == torch.float32 and model.has_tf32:
-        precision = current_fp32_precision(device.type)
+    model = device_model(device)
+    precision = _precision(model, w_hh)
     kernel: planning.Block | planning.Grid | planning.Step = planning.Step()
     if w_hh.dim() == 3 and sequence.dim() == 4:  # else the operator says what is wrong
         S, width, _ = w_hh.shape
@@ -156,7 +173,7 @@ def rnn_backward(dy, dh_n, w_hh, y, *rest):
 def matmul(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """The waist's matmul, which is outside the scans: the Triton backend's on a GPU, the CPU
     backend's in emulation. A row's bits depend on the row alone in both."""
-    _device_model(a.device)
+    device_model(a.device)
     if a.device.type == "cpu":
         return torch.ops.fused_rnn.cpu_matmul(a, b, bias)
     from fused_rnn.triton.operators import matrix_product

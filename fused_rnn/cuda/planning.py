@@ -379,6 +379,62 @@ def choose(device: Device, shape: Shape) -> Block | Grid | Step:
     return chosen(device, shape).plan
 
 
+# Of one launch of a wave, forward or backward: what the host takes for its handful of operators,
+# called from Python, and what the GPU takes besides the scan's steps, to read weights, project a
+# chunk and pass it on. Nobody has measured them on a GPU; where they cost more, waves do not pay.
+WAVE_HOST_US = 150.0
+WAVE_GPU_US = 25.0
+# How many times faster a wave has to be predicted than layers one after another.
+WAVE_CAUTION = 1.2
+
+
+@dataclass(frozen=True)
+class Wave:
+    """Layers side by side, a chunk of steps a launch (fused_rnn/wavefront.py), beside the same
+    layers one after another: predicted microseconds, forward and backward."""
+
+    chunk: int
+    total: float
+    alone: float
+
+
+@lru_cache(maxsize=4096)
+def wave(device: Device, shape: Shape, layers: int, steps: int) -> Wave | None:
+    """The best wave of so many layers of a shape, for which S is one. None where there is none: the
+    layers' scans do not keep their weights on the chip, or get other kernels side by side, whose
+    sums are in another order."""
+    alone = side_by_side = 0.0
+    for backward in (False, True):
+        one = chosen(device, replace(shape, backward=backward))
+        several = chosen(device, replace(shape, S=layers, backward=backward))
+        if one.plan.kind == "step" or one.plan.kind != several.plan.kind:
+            return None
+        # Gates and their gradients are gathered from their launches: read and written once more.
+        again = 8 * layers * shape.B * shape.gates * shape.H / device.memory * 1e-3
+        alone += one.total
+        side_by_side += several.total + again
+
+    def launch(count: int) -> float:
+        return max(2 * WAVE_HOST_US, count * side_by_side + 2 * WAVE_GPU_US)
+
+    def total(chunk: int) -> float:
+        whole, rest = divmod(steps, chunk)
+        return (whole + layers - 1) * launch(chunk) + (layers * launch(rest) if rest else 0)
+
+    chunks = {-(-steps // parts) for parts in range(2, min(steps, 64) + 1)}
+    if layers < 2 or not chunks:
+        return None
+    best = min(chunks, key=total)
+    alone = layers * max(2 * WAVE_HOST_US, steps * alone + 2 * WAVE_GPU_US)
+    return Wave(best, total(best), alone)
+
+
+def wave_chunk(device: Device, shape: Shape, layers: int, steps: int) -> int | None:
+    """Steps of a chunk where layers side by side are predicted to be faster; None elsewhere."""
+    found = wave(device, shape, layers, steps)
+    return found.chunk if found and found.total * WAVE_CAUTION < found.alone else None
+
+
 def scans_win(device: Device, shape: Shape) -> bool:
     """Whether a shape has scans that keep their weights on the chip, forward and backward, and they
     are predicted to take no longer than the Triton backend's kernels: what the automatic choice

@@ -114,7 +114,7 @@ def lstm_forward_block(
         store(gates, row, s, S, 4 * H, 3 * H + gates_at, o, keep)
         t, bits = next_t, next_bits
         x_i, x_f, x_g, x_o = next_i, next_f, next_g, next_o
-    tl.store(h_n + state_row + state, h.to(IO), mask=ok)
+    tl.store(h_n + state_row + state, h.to(h_n.dtype.element_ty), mask=ok)
     tl.store(c_n + state_row + state, c, mask=ok)
 
 
@@ -259,7 +259,7 @@ def gru_forward_block(
         store3(gates, row, s, S, KEPT * H, H, gates_at, r, z, n, keep)
         t, bits = next_t, next_bits
         x_r, x_z, x_n = next_r, next_z, next_n
-    tl.store(h_n + state_row + state, h.to(IO), mask=ok)
+    tl.store(h_n + state_row + state, h.to(h_n.dtype.element_ty), mask=ok)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -341,7 +341,6 @@ def rnn_forward_block(
 ):  # fmt: skip
     """Simple RNN forward; relu != 0 chooses the activation. Nothing bounds the state of a relu,
     whose kink makes much of a little rounding, so the state is multiplied unrounded."""
-    IO: tl.constexpr = w_hh.dtype.element_ty
     s, first, units, lane, rows_ok, ok = _place(B, H, BLOCK_H, BLOCK_B)
     rows = first + lane
     x_at = lanes(lane, gates_x_b, S, H) + units
@@ -374,7 +373,7 @@ def rnn_forward_block(
         row = row_of(t, B, 1, first)
         store(y, row, s, S, H, unit_at, tl.where(ended, 0.0, new_h), ok)
         t, bits, x = next_t, next_bits, next_x
-    tl.store(h_n + state_row + state, h.to(IO), mask=ok)
+    tl.store(h_n + state_row + state, h.to(h_n.dtype.element_ty), mask=ok)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

@@ -39,7 +39,7 @@ def _lstm(gates_x, w_hh, w_hr, h0, c0, flags, reverse, keep_cells, keep_gates):
     weights_of(layer, "w_hr", w_hr, (S, P, H), "[S, P, H]")
     h0 = state_of(layer, "h0", h0, P, "[S, B, P]")
     c0 = state_of(layer, "c0", c0, H, "[S, B, H]")
-    y, h_n = layer.empty(T, B, S, P, dtype=layer.io), layer.empty(S, B, P, dtype=layer.io)
+    y, h_n = layer.empty(T, B, S, P, dtype=layer.io), layer.empty(S, B, P, dtype=h0.dtype)
     c_n = layer.empty(S, B, H)
     cells = layer.empty(T if keep_cells else 0, B, S, H)
     gates = layer.empty(T, B, S, 4 * H if keep_gates else 0)
@@ -140,7 +140,7 @@ def _gru(gates_x, w_hh, b_hn, h0, flags, reverse, reset_after, keep_gates):
     weights_of(layer, "w_hh", w_hh, (S, 3 * H, H), "[S, 3H, H]")
     weights_of(layer, "b_hn", b_hn, (S, H), "[S, H]")
     h0 = state_of(layer, "h0", h0, H, "[S, B, H]")
-    y, h_n = layer.empty(T, B, S, H, dtype=layer.io), layer.empty(S, B, H, dtype=layer.io)
+    y, h_n = layer.empty(T, B, S, H, dtype=layer.io), layer.empty(S, B, H, dtype=h0.dtype)
     gates = layer.empty(T, B, S, (4 if reset_after else 3) * H if keep_gates else 0)
     outputs = y, h_n, gates
     call = Call(layer, "gru", reset_after=reset_after)
@@ -242,7 +242,7 @@ def rnn_forward(gates_x, w_hh, h0, flags, reverse, relu):
     x = sequence_of(layer, "gates_x", gates_x, H, "[T, B, S, H]")
     weights_of(layer, "w_hh", w_hh, (S, H, H), "[S, H, H]")
     h0 = state_of(layer, "h0", h0, H, "[S, B, H]")
-    y, h_n = layer.empty(T, B, S, H, dtype=layer.io), layer.empty(S, B, H, dtype=layer.io)
+    y, h_n = layer.empty(T, B, S, H, dtype=layer.io), layer.empty(S, B, H, dtype=h0.dtype)
     call = Call(layer, "rnn")
     if B == 0 or S == 0:
         return y, h_n
