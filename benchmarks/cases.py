@@ -133,6 +133,11 @@ CASES = (
     ),
     Case(GPU, "h512_both", 256, 32, 512, 512, bidirectional=True),
     Case(GPU, "h1024_both", 256, 32, 1024, 1024, bidirectional=True),
+    # Several layers, long enough to go side by side, and too short for it.
+    Case(GPU, "h128_layers", 1000, 32, 128, 128, layers=3),
+    Case(GPU, "h512_layers", 1000, 16, 512, 512, layers=3),
+    Case(GPU, "h1024_layers", 1000, 8, 1024, 1024, layers=2),
+    Case(GPU, "h512_layers_short", 128, 16, 512, 512, layers=2),
     Case(GPU, "ragged_h128", 512, 64, 128, 128, min_length=0.1),
     Case(GPU, "ragged_h512", 256, 32, 512, 512, min_length=0.1),
     Case(GPU, "resets_h128", 512, 64, 128, 128, state=True, reset_rate=0.002),

@@ -1,4 +1,4 @@
-"""The only autograd in the package: one layer's forward, its backward, and the derivatives of both.
+"""One layer's forward, its backward, and the derivatives of both.
 
 A layer is the input projection, one scan of the waist, and in the backward pass the matrix products
 that turn gate gradients into weight, bias and input gradients. ``Scan`` wraps it as one

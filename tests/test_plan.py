@@ -267,4 +267,6 @@ def test_the_document_has_the_present_predictions():
     from benchmarks import predict
 
     text = predict.DOCUMENT.read_text()
-    assert predict.table() in text and text == predict.written(text)
+    for begin, table in predict.tables().items():
+        assert begin + table + "\n" + predict.END in text
+    assert text == predict.written(text)
