@@ -49,7 +49,7 @@ class LayerInputs(NamedTuple):
 _DIFFERENTIABLE = LayerInputs._fields.index("flags")  # all inputs before flags
 
 
-def _rows(x: Tensor) -> Tensor:
+def merge_rows(x: Tensor) -> Tensor:
     """[T, B, ...] as [T*B, ...]."""
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
@@ -87,7 +87,7 @@ def project(spec: LayerSpec, x: Tensor, w_ih: Tensor | None, bias: Tensor | None
     batch_first = not x.is_contiguous() and x.transpose(0, 1).is_contiguous()
     x = x.transpose(0, 1) if batch_first else x
     gates_x = ops.family(spec.backend)["matmul"](
-        _rows(x).unsqueeze(0),
+        merge_rows(x).unsqueeze(0),
         w_ih.reshape(1, stack * width, size).mT,
         None if bias is None else bias.reshape(1, stack * width),
     )
@@ -182,7 +182,7 @@ def _rebuild_gates(spec: LayerSpec, inputs: LayerInputs, h_prev: Tensor | None) 
 
     def recurrent(h: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         """h [T, B, S, P] times w [S, N, P]^T -> [T, B, S, N]."""
-        product = ops.family(spec.backend)["matmul"](_rows(h).transpose(0, 1), w.mT, b)
+        product = ops.family(spec.backend)["matmul"](merge_rows(h).transpose(0, 1), w.mT, b)
         return product.transpose(0, 1).reshape(*h.shape[:3], w.shape[1])
 
     if spec.cell == "lstm":
@@ -268,14 +268,15 @@ def layer_gradients(
 
     def over_steps(left: Tensor, right: Tensor) -> Tensor:
         """sum over t, b of left [T, B, S, M] outer right [T, B, S, N] -> [S, M, N]."""
-        return op["matmul"](_rows(left).permute(1, 2, 0), _rows(right).transpose(0, 1), None)
+        left, right = merge_rows(left), merge_rows(right)
+        return op["matmul"](left.permute(1, 2, 0), right.transpose(0, 1), None)
 
     def summed(values: Tensor) -> Tensor:
         """sum over t, b of [T, B, S, N] -> [S, N], in the same bits for any number of threads."""
         if values.shape[2] * values.shape[3] > 1:
             return values.sum((0, 1))  # PyTorch shares out the columns, never the terms of one sum,
         ones = values.new_ones(()).expand(1, 1, values.shape[0] * values.shape[1])
-        rows = _rows(values).reshape(1, -1, values.shape[2] * values.shape[3])
+        rows = merge_rows(values).reshape(1, -1, values.shape[2] * values.shape[3])
         return op["matmul"](ones, rows, None).view(1, 1)  # unless there is but one sum
 
     width = dgates.shape[2] * dgates.shape[3]  # of all stack entries

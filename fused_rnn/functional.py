@@ -173,53 +173,69 @@ def run_layer(
     return _run_layer(cell, inputs, reverse, **options)
 
 
-def may_wave(device: torch.device) -> bool:
-    """Whether ``run_layers`` is worth asking: what is known before weights are read."""
-    if device.type != "cuda":
+def wave_chunk(cell: str, x: Tensor, layers: int, hidden: int) -> int | None:
+    """Steps of a chunk where so many layers of one direction on x [T, B, I], without flags or
+    projection, are to run as a wave; None where one after another. Decided from sizes: no weight is
+    read."""
+    kind = x.device.type
+    if kind != "cuda":
         # The CUDA backend, emulated. (On a CPU, what autocast casts differs with the cell.)
-        if backends.current_backend() != "cuda" or torch.is_autocast_enabled(device.type):
-            return False
-    return not (torch.compiler.is_compiling() or autograd.transformed())
+        if kind != "cpu" or backends.current_backend() != "cuda" or torch.is_autocast_enabled(kind):
+            return None
+    if torch.compiler.is_compiling() or autograd.transformed():
+        return None
+    steps, rows = x.shape[:2]
+    if type(steps) is not int or type(rows) is not int or not rows or not hidden:
+        return None
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    sizes = () if kind == "cpu" else (x.device.index, rows, hidden)
+    request = backends.Request(cell, kind, dtype, (False,), False, False, True, False, *sizes)
+    if dtype not in ACC_DTYPE or backends.choose(request) != "cuda":
+        return None
+    from fused_rnn.cuda.operators import wave_chunk
+
+    return wave_chunk(cell, x.device, dtype, rows, hidden, layers, steps)
 
 
-def run_layers(
-    cell: str, x: Tensor, layers: list[wavefront.WaveLayer], dropout: float, relu: bool
-) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-    """Layers of one direction as a wave: y [T, B, H] and the final states [L, B, H]. None where
-    that is not possible or not predicted to be faster: ``run_layer`` for each, then."""
-    device = x.device
-    low = None
-    if torch.is_autocast_enabled(device.type):
-        low = torch.get_autocast_dtype(device.type)
-    with torch.autocast(device.type, enabled=False):
+def run_wave(
+    cell: str,
+    x: Tensor,
+    layers: list[wavefront.WaveLayer],
+    chunk: int,
+    dropout: float,
+    relu: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Layers of one direction in chunks of so many steps: y [T, B, H] and the final states
+    [L, B, H]."""
+    kind = x.device.type
+    low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    with torch.autocast(kind, enabled=False):
         inputs = []
         for layer in layers:
             given = LayerInputs(x, *layer[:4], None, layer.h0, layer.c0, None)
             given = given if low is None else _autocast(given, low, False)
+            x = given.x  # cast once
             _same_device(given)
             _same_dtype(given)
             inputs.append(given)
-        x, w_hh = inputs[0].x, inputs[0].w_hh
-        request = _request(cell, inputs[0], (False,))
-        if any(g.w_hh.dtype != w_hh.dtype for g in inputs) or backends.choose(request) != "cuda":
-            return None
-        from fused_rnn.cuda.operators import wave_chunk
-
-        chunk = wave_chunk(cell, w_hh, len(layers), *x.shape[:2])
-        if chunk is None:
-            return None
+        io = inputs[0].w_hh.dtype
+        if any(given.w_hh.dtype != io for given in inputs):
+            raise RuntimeError(
+                "expected all layers in one dtype, got "
+                + ", ".join(str(given.w_hh.dtype) for given in inputs)
+            )
         layers = [wavefront.WaveLayer(*given[1:5], given.h0, given.c0) for given in inputs]
         spec = wavefront.WaveSpec(LayerSpec(cell, "cuda", (False,), relu=relu), chunk, dropout)
         kept: list[Tensor | None] = [None] * (len(layers) - 1)
-        if dropout:
-            sizes = (*x.shape[:2], w_hh.shape[2])
-            kept = [torch.rand(sizes, device=device) >= dropout for _ in kept]
+        if dropout:  # drawn as for layers one after another
+            ones = torch.ones((*x.shape[:2], inputs[0].w_hh.shape[2]), dtype=io, device=x.device)
+            kept = [torch.nn.functional.dropout(ones, dropout) != 0 for _ in kept]
         if any(_needs_gradient(given) for given in inputs):
             flat = (t for layer in layers for t in layer)
             y, *finals = wavefront.Wave.apply(spec, len(layers), x, *flat, *kept)
         else:
             y, *finals, _ = wavefront.forward(spec, x, layers, [*kept, None], training=False)
-        return y, tuple(state.to(w_hh.dtype) for state in finals if state is not None)
+        return y, tuple(state.to(io) for state in finals if state is not None)
 
 
 def _request(

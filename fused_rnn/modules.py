@@ -16,9 +16,9 @@ from fused_rnn.functional import (
     check_lengths,
     check_reset,
     make_flags,
-    may_wave,
     run_layer,
-    run_layers,
+    run_wave,
+    wave_chunk,
 )
 from fused_rnn.packing import Packing
 from fused_rnn.wavefront import WaveLayer
@@ -71,16 +71,15 @@ class _FusedRNNBase(torch.nn.RNNBase):
             weights.append(parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts))
         return weights
 
-    def _scan_wave(self, x: Tensor, hx: tuple[Tensor, ...]):
-        """Every layer on x, a chunk of steps beside another: y and the final states, or None where
-        layers are better run one after another."""
+    def _scan_wave(self, x: Tensor, hx: tuple[Tensor, ...], chunk: int):
+        """Every layer on x, a chunk of steps beside another: y and the final states."""
         layers = []
         for layer in range(self.num_layers):
             w_ih, w_hh, b_ih, b_hh, _ = self._layer_weights(layer)
             states = [s if s.shape[0] == 1 else s[layer : layer + 1] for s in hx]
             layers.append(WaveLayer(w_ih, w_hh, b_ih, b_hh, *states, *(None,) * (2 - len(states))))
         dropout = self.dropout if self.training else 0.0
-        return run_layers(self._cell, x, layers, dropout, self.mode == "RNN_RELU")
+        return run_wave(self._cell, x, layers, chunk, dropout, self.mode == "RNN_RELU")
 
     def _scan_layers(self, x, hx, flags, ragged: bool, packing, return_cells: bool):
         """Every layer on x [T, B, I] with hx a tuple of states [L*D, B, ...] or None.
@@ -95,12 +94,11 @@ class _FusedRNNBase(torch.nn.RNNBase):
             sizes = (self.proj_size or self.hidden_size, self.hidden_size)
             count = 2 if self._cell == "lstm" else 1
             zeros = tuple(x.new_zeros((directions, x.shape[1], n)) for n in sizes[:count])
-        if self.num_layers > 1 and directions == 1 and may_wave(x.device):
-            plain = flags is None and packing is None and not return_cells
-            if plain and not self.proj_size and self.tape == "keep":
-                found = self._scan_wave(x, zeros if hx is None else hx)
-                if found is not None:
-                    return *found, ()
+        if self.num_layers > 1 and directions == 1 and self.tape == "keep":
+            plain = flags is None and packing is None and not return_cells and not self.proj_size
+            sizes = (self.num_layers, self.hidden_size)
+            if plain and (chunk := wave_chunk(self._cell, x, *sizes)) is not None:
+                return *self._scan_wave(x, zeros if hx is None else hx, chunk), ()
         finals, cells = [], []
         for layer in range(self.num_layers):
             at = slice(layer * directions, (layer + 1) * directions)

@@ -3,11 +3,12 @@ chunk before, in the same launch, as entries of one stack.
 
 A scan that keeps its weights on the chip waits for latencies more than it works, and the GPU has
 room for several. The layer above needs a whole chunk of the layer below, for which its input
-projection is one matrix product; so C chunks of L layers take C + L - 1 launches, each as long as
-one layer's chunk, instead of C L chunks one after another. The numbers are those of layers run one
-after another, to the bit: the state between chunks is handed on unrounded, and no sum is taken in
-another order. ``Wave`` is the autograd of it; how long a chunk should be, and whether waves pay at
-all, fused_rnn/cuda/planning.py says.
+projection is one matrix product; so C equal chunks of L layers take C + L - 1 launches, each as
+long as one layer's chunk, instead of C L chunks one after another. The numbers are those of layers
+run one after another, to the bit: the state between chunks is handed on unrounded, and no sum is
+taken in another order. What it costs is memory: a backward pass holds the gates' gradients of all
+layers, not of one. ``Wave`` is the autograd of it; how long a chunk should be, and whether waves
+pay at all, fused_rnn/cuda/planning.py says.
 """
 
 from typing import NamedTuple
@@ -85,7 +86,7 @@ def _stacked(parts: list[Tensor | None], like: tuple[int, ...], of: Tensor, at: 
     """The parts, each of shape ``like`` or None for zeros, side by side; None where all are."""
     if all(part is None for part in parts):
         return None
-    dtype = next(part.dtype for part in parts if part is not None)
+    dtype = max((p.dtype for p in parts if p is not None), key=lambda dtype: dtype.itemsize)
     zeros = None
     if any(part is None for part in parts):
         zeros = of.new_zeros((), dtype=dtype).expand(like)
@@ -113,7 +114,7 @@ def forward(
     h = [layer.h0[0].to(acc) for layer in layers]
     c = [None if layer.c0 is None else layer.c0[0].to(acc) for layer in layers]
     latest: list = [None] * count  # of each layer, the output of its last chunk
-    outputs, tapes = [], []
+    output, tapes = w_hh.new_empty((steps, rows, hidden)), []
     for launch in launches(steps, count, spec.chunk):
         here, n = launch.layers, launch.steps
         gates_x = gates_0[launch.starts[0] :][:n]
@@ -143,11 +144,11 @@ def forward(
             c[at] = rest.pop(0)
         latest[at] = y.unbind(2)
         if here.stop == count:
-            outputs.append(latest[-1])
+            output[launch.starts[-1] :][:n] = latest[-1]
         if training:
             tapes.append((*{"lstm": (c0,), "gru": (h0.to(io),), "rnn": ()}[one.cell], y, *rest))
     c_n = None if c[0] is None else torch.stack(c)
-    return torch.cat(outputs), torch.stack(h).to(io), c_n, tapes
+    return output, torch.stack(h).to(io), c_n, tapes
 
 
 def _of_chunk(values: Tensor | None, start: int, steps: int) -> Tensor | None:
@@ -169,14 +170,26 @@ def backward(spec: WaveSpec, wanted, grads, x: Tensor, layers: list[WaveLayer], 
     dh: list = [None] * count if dh_n is None else list(dh_n)
     dc: list = [None] * count if dc_n is None else list(dc_n)
     above: list = [None] * count  # of each layer, the gradient of its output from the layer above
-    chunks: list = [[] for _ in layers]  # of each layer: y, dgates, dgates_hn, the last chunk first
+    y = w_hh.new_empty((count, steps, rows, 1, hidden))
+    found_in: list = [None] * count  # of each layer, dgates and dgates_hn of all steps
+    size = len(WaveLayer._fields)
+    needed = [any(wanted[1 + k * size : 1 + (k + 1) * size]) for k in range(count)]
+    lowest = 0 if wanted[0] else needed.index(True)  # nothing below needs a gradient
     for launch, tape in zip(
         reversed(launches(steps, count, spec.chunk)), reversed(tapes), strict=True
     ):
-        here, n, first = launch.layers, launch.steps, launch.first
-        at = slice(here.start, here.stop)
-        above[-1] = _of_chunk(dy, launch.starts[-1], n) if here.stop == count else None
         entered, tape = (None, tape) if one.cell == "rnn" else (tape[0], tape[1:])
+        here, starts, n = launch.layers, launch.starts, launch.steps
+        for layer, start, part in zip(here, starts, tape[0].unbind(2)):
+            y[layer, start : start + n, :, 0] = part
+        if lowest > here.start:
+            idle = lowest - here.start
+            here, starts, tape = here[idle:], starts[idle:], [t[:, :, idle:] for t in tape]
+            entered = None if entered is None else entered[idle:]
+        if not here:
+            continue
+        at = slice(here.start, here.stop)
+        above[-1] = _of_chunk(dy, starts[-1], n) if here.stop == count else None
         h0, c0 = (None, entered) if lstm else (entered, None)
         found = autograd.backward_scan(
             one._replace(reverse=(False,) * len(here)),
@@ -191,34 +204,36 @@ def backward(spec: WaveSpec, wanted, grads, x: Tensor, layers: list[WaveLayer], 
         dh[at] = found.dh0
         if lstm:
             dc[at] = found.dc0
-        for k, layer in enumerate(here):
-            hn = None if found.dgates_hn is None else found.dgates_hn[:, :, k]
-            chunks[layer].append((tape[0][:, :, k], found.dgates[:, :, k], hn))
-        upper = [layer for layer in here if layer > 0]
+        parts = [found.dgates, *([] if found.dgates_hn is None else [found.dgates_hn])]
+        for k, (layer, start) in enumerate(zip(here, starts)):
+            if found_in[layer] is None:
+                found_in[layer] = [p.new_empty((steps, rows, 1, p.shape[3])) for p in parts]
+            for target, part in zip(found_in[layer], parts):
+                target[start : start + n, :, 0] = part[:, :, k]
+        upper = [layer for layer in here if layer > lowest]
         if upper:
-            dgates = found.dgates.flatten(0, 1).transpose(0, 1)[upper[0] - first :]
+            first = upper[0] - here.start
+            dgates = autograd.merge_rows(found.dgates).transpose(0, 1)[first:]
             dx = matmul(dgates, w_ih[upper[0] - 1 : upper[-1]], None).to(x.dtype)
-            for layer, part in zip(upper, dx):
-                mask = _of_chunk(kept[layer - 1], launch.starts[layer - first], n)
+            for layer, start, part in zip(upper, starts[first:], dx):
+                mask = _of_chunk(kept[layer - 1], start, n)
                 above[layer - 1] = _dropped(spec, part.view(n, rows, hidden), mask)
 
-    results, given = [], x
-    for k, (layer, parts) in enumerate(zip(layers, chunks)):
-        y, dgates, dgates_hn = (
-            None if part[0] is None else torch.cat(part[::-1]).unsqueeze(2) for part in zip(*parts)
-        )
-        need = wanted[1 + k * len(layer) : 1 + (k + 1) * len(layer)]
+    results: list = [None] * (1 + count * size)
+    for k in range(lowest, count):
+        layer, (dgates, *rest) = layers[k], found_in[k]
+        found_in[k] = None
+        given = x if k == 0 else _dropped(spec, y[k - 1].squeeze(2), kept[k - 1])
+        need = wanted[1 + k * size : 1 + (k + 1) * size]
         want = LayerInputs(wanted[0] and k == 0, *need[:4], False, *need[4:], False)
         inputs = LayerInputs(given, *layer[:4], None, layer.h0, layer.c0, None)
-        h_prev = autograd.entering(one, y, layer.h0, None) if want.w_hh else None
-        scan = ScanGradients(
-            dgates, dgates_hn, dh[k].unsqueeze(0), dc[k].unsqueeze(0) if lstm else None, None
-        )
-        found = autograd.layer_gradients(one, want, inputs, h_prev, (y,), scan)
+        h_prev = autograd.entering(one, y[k], layer.h0, None) if want.w_hh else None
+        dc0 = dc[k].unsqueeze(0) if lstm else None
+        scan = ScanGradients(dgates, rest[0] if rest else None, dh[k].unsqueeze(0), dc0, None)
+        found = autograd.layer_gradients(one, want, inputs, h_prev, (y[k],), scan)
         if k == 0:
-            results.append(found.x)
-        results += [*found[1:5], found.h0, found.c0]
-        given = _dropped(spec, y.squeeze(2), kept[k])
+            results[0] = found.x
+        results[1 + k * size : 1 + (k + 1) * size] = [*found[1:5], found.h0, found.c0]
     return results
 
 

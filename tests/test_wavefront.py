@@ -146,6 +146,13 @@ def test_same_bits(cell, waist, on, dtype):
 
 
 @cells
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_no_gradient_is_rounded_between_chunks(cell, dtype):
+    """The gradient of a final state, of 16 bits, beside those that chunks hand on."""
+    compare(cell, "cpu", "cpu", dtype, 2, steps=8)
+
+
+@cells
 def test_same_bits_in_float64(cell):
     compare(cell, "cpu", "cpu", torch.float64, 3)
 
@@ -200,6 +207,38 @@ def test_some_inputs_need_no_gradient(cell):
 
 
 @cells
+@pytest.mark.parametrize("frozen", [1, 2])
+def test_lower_layers_without_gradients(cell, frozen):
+    """Nothing is computed for them, and the others' gradients are the same."""
+    spec = WaveSpec(LayerSpec(cell, "cpu", (False,)), 2)
+    x, layers = make(cell, torch.float32, "cpu")
+    for tensor in leaves(x, layers[:frozen]):
+        tensor.requires_grad_(False)
+    tensors = leaves(None, layers[frozen:])
+    found, expected = (
+        gradients(run(spec, x, layers, [None, None]), (0, 1, 2), tensors)
+        for run in (side_by_side, one_after_another)
+    )
+    assert_same(found, expected, True, torch.float32)
+
+
+@cells
+def test_batched_gradients(cell):
+    spec = WaveSpec(LayerSpec(cell, "cpu", (False,)), 2)
+    x, layers = make(cell, torch.float32, "cpu")
+    tensors = leaves(x, [layer._replace(h0=layer.h0) for layer in layers])
+    cotangents = torch.randn(3, 7, 3, 16)
+    found, expected = (
+        torch.autograd.grad(
+            run(spec, x, layers, [None, None])[0], tensors, cotangents, is_grads_batched=True
+        )
+        for run in (side_by_side, one_after_another)
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@cells
 def test_second_derivatives(cell):
     spec = WaveSpec(LayerSpec(cell, "cpu", (False,)), 2, 0.4)
     x, layers = make(cell, torch.float64, "cpu", count=2, steps=3, rows=2, size=2, hidden=3)
@@ -236,6 +275,7 @@ def planned(monkeypatch):
     """Waves in chunks of three; the calls of Wave's forward are counted."""
     calls = []
     monkeypatch.setattr(planning, "wave_chunk", lambda *args: 3)
+    cuda_operators._wave_chunk.cache_clear()
     forward = wavefront.forward
 
     def counted(*args, **options):
@@ -245,6 +285,7 @@ def planned(monkeypatch):
     monkeypatch.setattr(wavefront, "forward", counted)
     with fused_rnn.use_backend("cuda"):
         yield calls
+    cuda_operators._wave_chunk.cache_clear()
 
 
 def states(module, rows, layers):
@@ -273,7 +314,7 @@ def test_modules(planned, monkeypatch, name, with_hx, training):
     with torch.set_grad_enabled(training):
         found = flat(module(*args))
         assert len(planned) == 1
-        monkeypatch.setattr(modules, "may_wave", lambda device: False)
+        monkeypatch.setattr(modules, "wave_chunk", lambda *args: None)
         expected = flat(module(*args))
     assert len(planned) == 1
     for a, b in zip(found, expected, strict=True):
@@ -300,6 +341,46 @@ def test_dropout_of_a_module(planned):
     module.eval()
     assert torch.equal(module(x)[0], module(x)[0])
     assert len(planned) == 5
+
+
+@pytest.mark.parametrize("p", [0.5, 1.0])
+def test_dropout_draws_what_layers_one_after_another_draw(planned, monkeypatch, p):
+    module = fused_rnn.GRU(4, 16, 3, dropout=p)
+    x = torch.randn(8, 2, 4)
+    torch.manual_seed(0)
+    y, after = module(x)[0], torch.rand(1)
+    monkeypatch.setattr(modules, "wave_chunk", lambda *args: None)
+    torch.manual_seed(0)
+    assert torch.equal(y, module(x)[0]) and torch.equal(after, torch.rand(1))
+    assert len(planned) == 1
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_weights_are_read_once(planned, monkeypatch, chunk):
+    class Counting(torch.nn.Module):
+        reads = 0
+
+        def forward(self, weight):
+            Counting.reads += 1
+            return weight
+
+    module = fused_rnn.GRU(4, 16, 2)
+    torch.nn.utils.parametrize.register_parametrization(module, "weight_hh_l1", Counting())
+    monkeypatch.setattr(modules, "wave_chunk", lambda *args: chunk)
+    Counting.reads = 0
+    module(torch.randn(8, 2, 4))
+    assert Counting.reads == 1
+
+
+def test_tensors_without_values(planned):
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run"):
+        fused_rnn.GRU(4, 16, 2, device="meta")(torch.randn(8, 2, 4, device="meta"))
+    module = fused_rnn.GRU(4, 16, 2)
+    trace = torch.fx.experimental.proxy_tensor.make_fx(
+        lambda x: module(x)[0], tracing_mode="symbolic", _allow_non_fake_inputs=True
+    )
+    x = torch.randn(8, 2, 4)
+    assert trace(x)(x).shape == (8, 2, 16) and not planned
 
 
 def test_what_has_no_wave(planned):
@@ -353,12 +434,37 @@ def test_plans(cell, dtype):
     assert planning.wave(H200, replace(shape, H=4000), 3, 1000) is None
 
 
+@cells
+@pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
+def test_every_launch_of_a_wave_has_one_kind_of_kernel(cell, precision):
+    """Other kinds take sums in another order, and steps are slow."""
+    for name in ("A100", "H200", "B200"):
+        for hidden in range(64, 1600, 96):
+            shape = Shape(cell, 1, 8, hidden, torch.float32, precision=precision)
+            if planning.wave(DEVICES[name], shape, 4, 500) is None:
+                continue
+            for backward in (False, True):
+                ways = [replace(shape, S=count, backward=backward) for count in range(1, 5)]
+                kinds = {planning.choose(DEVICES[name], way).kind for way in ways}
+                assert len(kinds) == 1 and "step" not in kinds
+
+
 def test_a_lost_grid_scan_ends_waves(monkeypatch):
-    w_hh = torch.randn(1, 2048, 512, dtype=torch.bfloat16)
-    model = cuda_operators.device_model(torch.device("cpu"))
+    device = torch.device("cpu")
     if torch.cuda.is_available():
         pytest.skip("the model of a GPU that is here")
-    monkeypatch.setattr(cuda_operators, "_EMULATED_DEVICE", replace(model, together=None))
-    assert cuda_operators.wave_chunk("lstm", w_hh, 3, 1000, 16)
+    model = replace(cuda_operators.device_model(device), together=None)
+    monkeypatch.setattr(cuda_operators, "_EMULATED_DEVICE", model)
+    monkeypatch.setattr(cuda_operators.library, "grid_resident", lambda *args: 132)
+
+    def chunk():
+        cuda_operators._wave_chunk.cache_clear()
+        return cuda_operators.wave_chunk("lstm", device, torch.bfloat16, 16, 512, 3, 1000)
+
+    assert chunk()
+    monkeypatch.setattr(cuda_operators.library, "grid_resident", lambda *args: 40)
+    assert chunk() is None  # the GPU runs fewer blocks together than the plan took it to
+    monkeypatch.setattr(cuda_operators.library, "grid_resident", lambda *args: 132)
     monkeypatch.setattr(cuda_operators.library, "grids_lost", lambda: True)
-    assert cuda_operators.wave_chunk("lstm", w_hh, 3, 1000, 16) is None
+    assert chunk() is None
+    cuda_operators._wave_chunk.cache_clear()

@@ -4,6 +4,7 @@ Schemas are fused_rnn/ops.py's, meanings docs/design.md's.
 """
 
 import contextlib
+import functools
 import threading
 from dataclasses import replace
 
@@ -61,9 +62,9 @@ def _no_less_than(precision: str, device: torch.device):
 _NOTHING = contextlib.nullcontext()
 
 
-def _kernel(model: devices.Device, shape: Shape, device: torch.device):
-    """The kernel a shape gets: one of a grid scan's only where the GPU says that all its blocks run
-    at the same time."""
+def _settled(model: devices.Device, shape: Shape, device: torch.device):
+    """The kernel a shape gets, and the model as the GPU corrects it: a grid scan's kernel is taken
+    only where the GPU says that all its blocks run at the same time."""
     found = planning.choose(model, shape)
     while isinstance(found, planning.Grid):
         product = planning.PRODUCTS.index(planning.product_of(shape))
@@ -77,24 +78,37 @@ def _kernel(model: devices.Device, shape: Shape, device: torch.device):
             break
         model = replace(model, together=together)
         found = planning.choose(model, shape)
-    return found
+    return found, model
 
 
-def wave_chunk(cell: str, w_hh: Tensor, layers: int, steps: int, rows: int) -> int | None:
-    """Steps of a chunk where layers, whose weights are as w_hh [1, G*H, H], are predicted to be
-    faster as a wave; None elsewhere."""
-    device = w_hh.device
+def wave_chunk(
+    cell: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    hidden: int,
+    layers: int,
+    steps: int,
+) -> int | None:
+    """Steps of a chunk where layers are predicted to be faster as a wave; None elsewhere."""
     model = device_model(device)
-    if rows == 0 or w_hh.shape[2] == 0:
-        return None
-    sizes = (1, rows, w_hh.shape[2], w_hh.dtype)
-    shape = Shape(cell, *sizes, precision=_precision(model, w_hh))
+    precision = _precision(model, device, dtype)
+    shape = Shape(cell, 1, rows, hidden, dtype, precision=precision)
+    return _wave_chunk(model, device, shape, layers, steps)
+
+
+@functools.lru_cache(maxsize=1024)
+def _wave_chunk(model, device, shape: Shape, layers: int, steps: int) -> int | None:
+    if planning.wave_chunk(model, shape, layers, steps) is None:
+        return None  # and the GPU need not be asked
+    for way in planning.scans_of_wave(shape, layers):
+        _, model = _settled(model, way, device)
     return planning.wave_chunk(model, shape, layers, steps)
 
 
-def _precision(model: devices.Device, w_hh: Tensor) -> str:
-    if w_hh.dtype == torch.float32 and model.has_tf32:
-        return current_fp32_precision(w_hh.device.type)
+def _precision(model: devices.Device, device: torch.device, dtype: torch.dtype) -> str:
+    if dtype == torch.float32 and model.has_tf32:
+        return current_fp32_precision(device.type)
     return "ieee"
 
 
@@ -103,7 +117,7 @@ def _run(name: str, w_hh: Tensor, sequence: Tensor, *args, proj=0, reset_after=T
     cell, direction = name.split("_")
     device = w_hh.device
     model = device_model(device)
-    precision = _precision(model, w_hh)
+    precision = _precision(model, device, w_hh.dtype)
     kernel: planning.Block | planning.Grid | planning.Step = planning.Step()
     if w_hh.dim() == 3 and sequence.dim() == 4:  # else the operator says what is wrong
         S, width, _ = w_hh.shape
@@ -112,7 +126,7 @@ def _run(name: str, w_hh: Tensor, sequence: Tensor, *args, proj=0, reset_after=T
             *(precision, direction == "backward"),
         )
         if shape.H and S and w_hh.dtype in ACC_DTYPE:
-            kernel = _kernel(model, shape, device)
+            kernel, _ = _settled(model, shape, device)
     on, stream = _NOTHING, 0
     if device.type == "cuda":
         on, stream = torch.cuda.device(device), torch.cuda.current_stream(device).cuda_stream

@@ -403,11 +403,13 @@ def wave(device: Device, shape: Shape, layers: int, steps: int) -> Wave | None:
     """The best wave of so many layers of a shape, for which S is one. None where there is none: the
     layers' scans do not keep their weights on the chip, or get other kernels side by side, whose
     sums are in another order."""
+    if layers < 2:
+        return None
     alone = side_by_side = 0.0
     for backward in (False, True):
-        one = chosen(device, replace(shape, backward=backward))
-        several = chosen(device, replace(shape, S=layers, backward=backward))
-        if one.plan.kind == "step" or one.plan.kind != several.plan.kind:
+        ways = [w for w in scans_of_wave(shape, layers) if w.backward == backward]
+        one, *_, several = found = [chosen(device, way) for way in ways]
+        if one.plan.kind == "step" or any(p.plan.kind != one.plan.kind for p in found):
             return None
         # Gates and their gradients are gathered from their launches: read and written once more.
         again = 8 * layers * shape.B * shape.gates * shape.H / device.memory * 1e-3
@@ -422,11 +424,17 @@ def wave(device: Device, shape: Shape, layers: int, steps: int) -> Wave | None:
         return (whole + layers - 1) * launch(chunk) + (layers * launch(rest) if rest else 0)
 
     chunks = {-(-steps // parts) for parts in range(2, min(steps, 64) + 1)}
-    if layers < 2 or not chunks:
+    if not chunks:
         return None
     best = min(chunks, key=total)
     alone = layers * max(2 * WAVE_HOST_US, steps * alone + 2 * WAVE_GPU_US)
     return Wave(best, total(best), alone)
+
+
+def scans_of_wave(shape: Shape, layers: int) -> list[Shape]:
+    """The scans of a wave's launches, forward and backward, from one layer to all of them."""
+    ways = itertools.product(range(1, layers + 1), (False, True))
+    return [replace(shape, S=count, backward=backward) for count, backward in ways]
 
 
 def wave_chunk(device: Device, shape: Shape, layers: int, steps: int) -> int | None:
