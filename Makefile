@@ -33,8 +33,9 @@ build: env  ## make .venv and compile the extension
 bench: build  ## measure against torch.nn, into build/bench
 	@$(PY) -m benchmarks $(BENCH)
 
+# Files are shared out among processes, one a core: the fixtures of a file are built once.
 test: lint build  ## check the style, run all the tests
-	@$(PY) -m pytest $(PYTEST)
+	@$(PY) -m pytest -n auto --maxprocesses=8 --dist loadfile $(PYTEST)
 
 lint: env  ## ruff and clang-format, changing nothing
 	@.venv/bin/ruff check

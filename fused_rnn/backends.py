@@ -67,6 +67,11 @@ def _load_extension() -> str | None:
 _extension_missing = _load_extension()
 
 
+def extension_missing() -> bool:
+    """Whether the C++ extension, and with it the CPU's kernels, could not be loaded."""
+    return _extension_missing is not None
+
+
 def _cpu_refuses(request: Request) -> str | None:
     if request.device != "cpu":
         return (

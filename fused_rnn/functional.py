@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fused_rnn import autograd, backends, wavefront
 from fused_rnn.autograd import LayerInputs, LayerSpec
-from fused_rnn.ops import ACC_DTYPE, GATES
+from fused_rnn.ops import ACC_DTYPE, CELLS, GATES
 from fused_rnn.reference import ENDED, RESET
 
 TAPES = ("keep", "recompute")
@@ -171,6 +171,44 @@ def run_layer(
                 cell, _autocast(inputs, low, wide), reverse, state_dtype=state, **options
             )
     return _run_layer(cell, inputs, reverse, **options)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)  # not their subclasses, which may see every operator
+
+
+def may_infer(x: Tensor) -> bool:
+    """Whether ``fused_rnn::cpu_layers`` may run a model on x: nothing wants a gradient, looks on or
+    casts, and the CPU's kernels are those to be used."""
+    return (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and backends.current_backend() in (backends.AUTO, "cpu")
+        and not backends.extension_missing()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and not autograd.transformed()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def infer(cell: str, x: Tensor, hx, weights: list[Tensor], flags, bias, projected, both, relu):
+    """All layers of a model: y [T, B, D*P] and the final states [L*D, B, ...]; None where the
+    tensors are not all plain ones of one dtype on the CPU. Arguments as ``fused_rnn::cpu_layers``
+    has them, hx a tuple of states or None."""
+    dtype = x.dtype
+    for tensors in (weights, hx or ()):
+        for t in tensors:
+            if type(t) not in _PLAIN or t.dtype is not dtype or t.device.type != "cpu":
+                return None
+    h0, c0 = (None, None) if hx is None else hx if len(hx) == 2 else (hx[0], None)
+    y, h_n, c_n = _cpu_layers(
+        x, h0, c0, weights, flags, CELLS.index(cell), bias, projected, both, relu
+    )
+    return y, (h_n, c_n) if cell == "lstm" else (h_n,)
+
+
+_cpu_layers = torch.ops.fused_rnn.cpu_layers.default
 
 
 def wave_chunk(cell: str, x: Tensor, layers: int, hidden: int) -> int | None:

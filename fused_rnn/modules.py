@@ -15,7 +15,9 @@ from fused_rnn.functional import (
     TAPES,
     check_lengths,
     check_reset,
+    infer,
     make_flags,
+    may_infer,
     run_layer,
     run_wave,
     wave_chunk,
@@ -71,6 +73,15 @@ class _FusedRNNBase(torch.nn.RNNBase):
             weights.append(parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts))
         return weights
 
+    def _infer(self, x: Tensor, hx, flags):
+        """Every layer on x by one operator: y and the final states; None where that cannot be."""
+        held = self._parameters
+        names = self._flat_weights_names
+        weights = [held[name] if name in held else getattr(self, name) for name in names]
+        relu = self.mode == "RNN_RELU"
+        options = (self.bias, self.proj_size > 0, self.bidirectional, relu)
+        return infer(self._cell, x, hx, weights, flags, *options)
+
     def _scan_wave(self, x: Tensor, hx: tuple[Tensor, ...], chunk: int):
         """Every layer on x, a chunk of steps beside another: y and the final states."""
         layers = []
@@ -89,6 +100,11 @@ class _FusedRNNBase(torch.nn.RNNBase):
         if x.shape[0] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         directions = 2 if self.bidirectional else 1
+        dropped = self.training and self.dropout and self.num_layers > 1
+        if not return_cells and not dropped and may_infer(x):
+            found = self._infer(x, hx, flags)
+            if found is not None:
+                return *found, ()
         reverse = (False, True)[:directions]
         if hx is None:
             sizes = (self.proj_size or self.hidden_size, self.hidden_size)

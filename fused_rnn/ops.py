@@ -21,6 +21,7 @@ ACC_DTYPE = {
 }
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
+CELLS = tuple(GATES)
 
 
 def tape_gates(cell: str, reset_after: bool = True) -> int:
@@ -295,5 +296,25 @@ define_family("triton")
 implement_lazily("cuda", "fused_rnn.cuda.operators", ("CPU", "CUDA"))
 # On a CPU the Triton kernels run under Triton's interpreter, and raise without it.
 implement_lazily("triton", "fused_rnn.triton.operators", ("CPU", "CUDA"))
+
+
+def _fake_layers(x, h0, c0, weights, flags, cell, bias, projected, bidirectional, relu):
+    directions = 2 if bidirectional else 1
+    entries = len(weights) // (2 + 2 * bias + projected)
+    rows, out = x.shape[1], weights[1].shape[1]
+    hidden = weights[1].shape[0] // GATES[CELLS[cell]]
+    y = x.new_empty((x.shape[0], rows, directions * out))
+    c_n = x.new_empty((entries, rows, hidden) if cell == 0 else (0,))
+    return y, x.new_empty((entries, rows, out)), c_n
+
+
+# Every layer of a model without gradients, in one call: what torch.nn's own lstm, gru and rnn take
+# (x [T, B, I], states [L*D, B, ...] or None for zeros, weights in torch.nn's order), and flags.
+_library.define(
+    "cpu_layers(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? flags, int cell,"
+    " bool bias, bool projected, bool bidirectional, bool relu) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.register_fake("fused_rnn::cpu_layers", _fake_layers, lib=_library)
 # 0 portable, 1 AVX2, 2 AVX-512: what the C++ backend computes with on this machine.
 _library.define("cpu_isa() -> int")

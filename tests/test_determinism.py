@@ -32,10 +32,10 @@ def case_of(cell, size, **fields):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("cell", CELLS)
 def test_runs_and_threads(cell, size, dtype):
-    """Outputs and every gradient, on one, two and three threads and again."""
+    """Outputs and every gradient, on one thread, some, more than there are cores, and again."""
     case = case_of(cell, size, dtype=dtype)
     results = []
-    for threads in (1, 2, 3, 2):
+    for threads in (1, 2, 3, 7, 2):
         torch.set_num_threads(threads)
         results.append(evaluate(case, "cpu"))
     for other in results[1:]:

@@ -154,6 +154,59 @@ void pack_vector(const Weights& w, int64_t at, int lanes, T* panel, int64_t step
   }
 }
 
+// As tile_product for one row x [depth] and a block of weights that are not packed, each unit's
+// lying one after another (column == 1): for one or two rows, packing costs more than it saves.
+// `at` is where the stack entry's weights begin.
+template <class T>
+void direct_product(const Weights& w, int64_t at, const Blocks& blocks, int64_t block, const T* x,
+                    T* tile) {
+  using V = Vec<T>;
+  constexpr int kWidth = V::kWidth;
+  static_assert(kBlockK % kWidth == 0, "the order of sums is tile_product's");
+  const int vectors = blocks.depth_vectors(block) * w.gates;
+  const auto start_of = [&](int v) FN_LAMBDA {
+    const int64_t u = blocks.first_unit(block) + v / w.gates * kWidth;
+    return at + v % w.gates * w.gate + u * w.unit;
+  };
+  const auto lanes_of = [&](int v) FN_LAMBDA {
+    const int64_t left = w.units - (blocks.first_unit(block) + v / w.gates * kWidth);
+    return left < kWidth ? static_cast<int>(left) : kWidth;
+  };
+  V total[kMaxVectors], sum[kMaxVectors];
+  for (int v = 0; v < vectors; ++v) total[v] = sum[v] = V(T(0));
+  for (int64_t k = 0; k < w.depth; k += kWidth) {
+    const int wide = w.depth - k < kWidth ? static_cast<int>(w.depth - k) : kWidth;
+    const bool last = k + kWidth >= w.depth || (k + kWidth) % kBlockK == 0;
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t from = start_of(v) + k;
+      const int lanes = lanes_of(v);
+      V square[kWidth], s = sum[v];
+      if (lanes == kWidth && wide == kWidth && w.dtype == kNative<T>) {
+        const T* rows = static_cast<const T*>(w.data) + from;
+#pragma GCC unroll 16
+        for (int l = 0; l < kWidth; ++l) square[l] = V::load(rows + l * w.unit);
+      } else {
+        for (int l = 0; l < kWidth; ++l) {
+          square[l] = l < lanes ? load<T>(w.data, w.dtype, from + l * w.unit, wide) : V(T(0));
+        }
+      }
+      transpose(square);
+      if (wide == kWidth) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i) s = fma(V(x[k + i]), square[i], s);
+      } else {
+        for (int i = 0; i < wide; ++i) s = fma(V(x[k + i]), square[i], s);
+      }
+      if (last) {
+        total[v] = k < kBlockK ? s : total[v] + s;
+        s = V(T(0));
+      }
+      sum[v] = s;
+    }
+  }
+  for (int v = 0; v < vectors; ++v) total[v].store(tile + v * kWidth);
+}
+
 // The panel of one block; `at` is where the stack entry's weights begin.
 template <class T>
 void pack_panel(const Weights& w, int64_t at, const Blocks& blocks, int64_t block, T* panel) {

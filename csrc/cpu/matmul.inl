@@ -18,8 +18,12 @@ class Product {
 
   void run() {
     const int64_t threads = thread_count();
-    const double flops = 2.0 * p_.n * p_.m * p_.k * p_.l * (sizeof(T) / 4);
-    threaded_ = threads > 1 && flops > kFlopsPerSecond * kSecondsWorthThreads;
+    const double flops = 2.0 * p_.n * p_.m * p_.k * p_.l;
+    const double bytes = static_cast<double>(sizeof(T)) * p_.n * p_.k * p_.l;
+    const double rate = bytes < 0.75 * l2_bytes() ? kCacheBytesPerSecond : kMemoryBytesPerSecond;
+    threaded_ = threads > 1 && (flops > kFlopsPerSecond<T> * kSecondsWorthThreads ||
+                                bytes > rate * kSecondsWorthThreads);
+    if (p_.m <= kDirectRows && p_.b.row == 1 && !packs_a_) return directly();
     const int64_t chunk = p_.k < kChunkK ? p_.k : kChunkK;
     Workspace<T> memory;
     panels_ = memory.take(chunk * blocks_.row_elements());
@@ -37,6 +41,40 @@ class Product {
 
  private:
   static constexpr int kRows = kTileRows[kMaxVectors];
+
+  // For one or two rows, of weights that lie along k as they are.
+  void directly() const {
+    parallel(p_.n * blocks_.count, threaded_, [&](int64_t task) {
+      const int64_t n = task / blocks_.count, block = task % blocks_.count;
+      const Weights b{p_.b.data, p_.b.dtype, 1, p_.l, p_.k, 0, p_.b.column, 1};
+      for (int64_t m = 0; m < p_.m; ++m) {
+        alignas(64) T sums[kMaxVectors * Vec<T>::kWidth];
+        const T* a = static_cast<const T*>(p_.a.data) + n * p_.a.batch + m * p_.a.row;
+        direct_product<T>(b, n * p_.b.batch, blocks_, block, a, sums);
+        leave(n, m, block, 1, sums, true);
+      }
+    });
+  }
+
+  // A tile's sums, of `rows` rows from the first on, to the result; with the bias where `done`.
+  void leave(int64_t n, int64_t first, int64_t block, int rows, const T* sums, bool done) const {
+    using V = Vec<T>;
+    const int vectors = blocks_.depth_vectors(block);
+    const int64_t u = blocks_.first_unit(block);
+    T* out = static_cast<T*>(p_.out) + (n * p_.m + first) * p_.l + u;
+    for (int m = 0; m < rows; ++m) {
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t at = u + v * V::kWidth;
+        const int lanes = lanes_at(p_.l, at, V::kWidth);
+        V x = V::load(sums + (m * vectors + v) * V::kWidth);
+        if (done && p_.bias.data != nullptr) {
+          const int64_t from = n * p_.bias.batch + at * p_.bias.column;
+          x = x + load<T>(p_.bias.data, p_.bias.dtype, from, lanes);
+        }
+        x.store(out + m * p_.l + v * V::kWidth, lanes);
+      }
+    }
+  }
 
   void one_chunk(int64_t n, int64_t at, int64_t depth) {
     const Weights b{p_.b.data, p_.b.dtype, 1, p_.l, depth, 0, p_.b.column, p_.b.row};
@@ -78,16 +116,16 @@ class Product {
     const int64_t first = tile * kRows, u = blocks_.first_unit(block);
     const int rows = lanes_at(p_.m, first, kRows);
     alignas(64) T sums[kRows * kMaxVectors * V::kWidth];
-    T* out = static_cast<T*>(p_.out) + (n * p_.m + first) * p_.l + u;
-    const auto each = [&](auto&& function) FN_LAMBDA {
+    if (at > 0) {
+      const T* out = static_cast<const T*>(p_.out) + (n * p_.m + first) * p_.l + u;
       for (int m = 0; m < rows; ++m) {
         for (int v = 0; v < vectors; ++v) {
           const int lanes = lanes_at(p_.l, u + v * V::kWidth, V::kWidth);
-          function(sums + (m * vectors + v) * V::kWidth, out + m * p_.l + v * V::kWidth, v, lanes);
+          V::load(out + m * p_.l + v * V::kWidth, lanes)
+              .store(sums + (m * vectors + v) * V::kWidth);
         }
       }
-    };
-    if (at > 0) each([](T* s, T* o, int, int lanes) { V::load(o, lanes).store(s); });
+    }
     const T* panel = panels_ + blocks_.row_offset(block) * depth;
     if (packs_a_) {
       tile_product<T>(rows, vectors, tile_a(tile, depth), 1, kRows, panel, depth, sums, at > 0);
@@ -95,15 +133,7 @@ class Product {
       const T* a = static_cast<const T*>(p_.a.data) + a_start + first * p_.a.row;
       tile_product<T>(rows, vectors, a, p_.a.row, 1, panel, depth, sums, at > 0);
     }
-    const bool biased = p_.bias.data != nullptr && at + depth == p_.k;
-    each([&](T* s, T* o, int v, int lanes) {
-      V x = V::load(s);
-      if (biased) {
-        const int64_t from = n * p_.bias.batch + (u + v * V::kWidth) * p_.bias.column;
-        x = x + load<T>(p_.bias.data, p_.bias.dtype, from, lanes);
-      }
-      x.store(o, lanes);
-    });
+    leave(n, first, block, rows, sums, at + depth == p_.k);
   }
 
   const Matmul& p_;

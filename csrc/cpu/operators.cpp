@@ -115,10 +115,10 @@ Tensor matmul(const Tensor& a, const Tensor& b, const MaybeTensor& bias) {
   Tensor kept;
   if (bias) {
     check_shape("bias", *bias, {p.n, p.l}, "[N, L]", a);
-    kept = torch::stable::contiguous(*bias);
+    kept = as_contiguous(*bias);
     p.bias = matrix("bias", kept, acc);
   }
-  Tensor out = torch::stable::new_empty(a, {p.n, p.m, p.l}, scalar_of(acc));
+  Tensor out = new_tensor(a, {p.n, p.m, p.l}, acc);
   p.out = out.numel() == 0 ? nullptr : out.mutable_data_ptr();
   chosen_kernels().matmul(p, acc);
   return out;

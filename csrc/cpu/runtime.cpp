@@ -3,9 +3,12 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <new>
 #include <string>
+#include <thread>
 
 #if defined(__linux__)
 #include <unistd.h>
@@ -86,6 +89,73 @@ void parallel_tasks(int64_t count, void (*task)(void*, int64_t), void* context) 
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) task(context, i);
   });
+}
+
+namespace {
+
+// Waits for done(): first on the core, then leaving it to others, of which there may be more than
+// there are cores.
+template <class Done>
+void spin(const Done& done) {
+  for (int i = 0; i < 4096; ++i) {
+    if (done()) return;
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+  while (!done()) std::this_thread::yield();
+}
+
+// Who takes part in run_together. A thread pool promises neither as many threads as there are tasks
+// nor that they run at the same time, and a member that is waited for has to be there: so threads
+// join, the first task's closes the list when all tasks have come or it has waited long enough, and
+// whoever comes later finds nothing to do.
+class Gathering {
+ public:
+  explicit Gathering(int64_t tasks) : tasks_(tasks) {}
+
+  // The rank of the thread that has tasks [begin, end), or -1.
+  int64_t join(int64_t begin, int64_t end) {
+    uint64_t before = list_.load(std::memory_order_relaxed);
+    do {
+      if (before & kClosed) return -1;
+    } while (!list_.compare_exchange_weak(before, before + kMember + (end - begin)));
+    if (begin == 0) {
+      const auto late = std::chrono::steady_clock::now() + std::chrono::microseconds(500);
+      spin([&] {
+        return tasks_in(list_.load()) == tasks_ || std::chrono::steady_clock::now() > late;
+      });
+      list_.fetch_or(kClosed);
+    } else {
+      spin([&] { return (list_.load() & kClosed) != 0; });
+    }
+    return static_cast<int64_t>(before / kMember);
+  }
+  int64_t members() const { return static_cast<int64_t>((list_.load() & ~kClosed) / kMember); }
+
+ private:
+  static constexpr uint64_t kClosed = uint64_t{1} << 63, kMember = uint64_t{1} << 32;
+  static int64_t tasks_in(uint64_t list) { return static_cast<int64_t>(list % kMember); }
+  const int64_t tasks_;
+  std::atomic<uint64_t> list_{0};
+};
+
+}  // namespace
+
+void run_together(int64_t wanted, void (*member)(void*, int64_t, int64_t), void* context) {
+  Gathering gathering(wanted);
+  torch::stable::parallel_for(0, wanted, 1, [&](int64_t begin, int64_t end) {
+    const int64_t rank = gathering.join(begin, end);
+    if (rank >= 0) member(context, rank, gathering.members());
+  });
+}
+
+void meet(Meeting& meeting, uint64_t arrived) {
+  std::atomic_ref<uint64_t> count(meeting.arrived);
+  if (count.fetch_add(1, std::memory_order_acq_rel) + 1 >= arrived) return;
+  spin([&] { return count.load(std::memory_order_acquire) >= arrived; });
 }
 
 void* allocate_workspace(size_t bytes) {

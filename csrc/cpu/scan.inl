@@ -70,12 +70,17 @@ struct Phase {
 };
 
 // Rates the choice of threads is made by: rough figures of one core of a server of the 2020s, good
-// enough to tell 10 us from 100 us.
-constexpr double kFlopsPerSecond = 5e10;
-constexpr double kCacheBytesPerSecond = 6e10;
-constexpr double kMemoryBytesPerSecond = 1e10;
-constexpr double kSecondsPerRegion = 4e-6;  // to start and join PyTorch's threads
+// enough to tell 10 us from 100 us. docs/performance.md says what they were fitted to.
+template <class T>
+constexpr double kFlopsPerSecond = 6e9 * Vec<T>::kWidth;
+constexpr double kCacheBytesPerSecond = 8e10;
+constexpr double kMemoryBytesPerSecond = 1.2e10;
+constexpr double kGateSeconds = 2.5e-9 * 16 / Vec<float>::kWidth;  // of a unit of a row
+constexpr double kSecondsPerRegion = 5e-6;   // to start and join PyTorch's threads
+constexpr double kSecondsPerMeeting = 3e-7;  // of threads that wait for one another
 constexpr double kSecondsWorthThreads = 2e-5;
+// Up to so many rows, weights used once are not packed first.
+constexpr int64_t kDirectRows = 2;
 
 template <class Function>
 void parallel(int64_t count, bool threads, const Function& function) {
@@ -96,58 +101,117 @@ void parallel(int64_t count, bool threads, const Function& function) {
 template <class T, class Scan>
 class Runner {
  public:
-  explicit Runner(const Scan& scan) : scan_(scan), layer_(scan.layer) {}
+  explicit Runner(const Scan& scan)
+      : scan_(scan),
+        layer_(scan.layer),
+        direct_(!Scan::kBackward && layer_.steps == 1 && layer_.batch <= kDirectRows) {}
 
   void run() {
     if (layer_.batch == 0 || layer_.stack == 0) return;
-    const int64_t threads = thread_count();
-    pack(threads);
-    const int64_t stack = layer_.stack, batch = layer_.batch;
-    const int64_t chunks = stack % threads == 0 ? 1 : threads < batch ? threads : batch;
-    const double alone = stack * step_seconds(batch, weight_bytes());
-    const double by_rows = (stack * chunks + threads - 1) / threads *
-                           step_seconds((batch + chunks - 1) / chunks, weight_bytes());
-    const double by_units =
-        stack * step_seconds(static_cast<double>(batch) / threads, weight_bytes() / threads) +
-        scan_.phases * kSecondsPerRegion;
-    if (threads == 1 || alone * layer_.steps < kSecondsWorthThreads ||
-        (alone <= by_rows && alone <= by_units)) {
-      for (int64_t s = 0; s < stack; ++s) sequence(s, 0, batch);
-    } else if (by_rows <= by_units) {
-      parallel(stack * chunks, true, [&](int64_t task) {
-        const int64_t chunk = task % chunks;
-        sequence(task / chunks, batch * chunk / chunks, batch * (chunk + 1) / chunks);
-      });
+    const Split split = choose(thread_count());
+    const auto member = [](void* self, int64_t rank, int64_t members) {
+      static_cast<Runner*>(self)->work(rank, members);
+    };
+    if (split.members == 1) {
+      work(0, 1);
     } else {
-      in_units();
+      wanted_ = split;
+      meetings_ = static_cast<Meeting*>(allocate_workspace(split.members * sizeof(Meeting)));
+      for (int64_t i = 0; i < split.members; ++i) meetings_[i] = Meeting{};
+      run_together(split.members, member, this);
+      free_workspace(meetings_);
     }
   }
 
  private:
-  // Bytes of one entry's packed weights, all phases.
-  double weight_bytes() const {
-    double bytes = 0;
-    for (int p = 0; p < scan_.phases; ++p) bytes += sizeof(T) * scan_.phase[p].panel_elements();
-    return bytes;
+  // How a scan is shared out: the rows of every entry in `chunks`, of which each is a group's of
+  // `slices` threads that share out the units and wait for one another at every phase. Without
+  // slices there may be more groups than threads.
+  struct Split {
+    int64_t chunks = 1, slices = 1, members = 1;
+  };
+
+  // The split of least predicted time.
+  Split choose(int64_t threads) const {
+    const int64_t stack = layer_.stack, batch = layer_.batch;
+    Split best;
+    double least = stack * step_seconds(batch, 1);
+    if (threads == 1 || least * layer_.steps < kSecondsWorthThreads) return best;
+    const double region = kSecondsPerRegion / layer_.steps;
+    for (int64_t chunks = 1; chunks <= (threads < batch ? threads : batch); ++chunks) {
+      const int64_t groups = stack * chunks, rows = (batch + chunks - 1) / chunks;
+      for (int64_t slices = 1; slices == 1 || groups * slices <= threads; ++slices) {
+        if (slices > scan_.phase[0].blocks.count) break;
+        const int64_t rounds = slices == 1 ? (groups + threads - 1) / threads : 1;
+        double seconds = region + rounds * step_seconds(rows, slices);
+        if (slices > 1) seconds += scan_.phases * kSecondsPerMeeting;
+        if (seconds < least && groups * slices > 1) {
+          least = seconds;
+          const int64_t all = groups * slices;
+          best = Split{chunks, slices, all < threads ? all : threads};
+        }
+      }
+    }
+    return best;
   }
-  // One step of one entry on one thread.
-  double step_seconds(double rows, double bytes) const {
-    const double flops = 2 * rows * weight_bytes() / sizeof(T) * (sizeof(T) / 4);
+  // One step of one entry on one of `slices` threads.
+  double step_seconds(int64_t rows, int64_t slices) const {
+    double bytes = 0;
+    for (int p = 0; p < scan_.phases; ++p) {
+      const Blocks& blocks = scan_.phase[p].blocks;
+      const int64_t most = (blocks.count + slices - 1) / slices;
+      bytes +=
+          static_cast<double>(sizeof(T)) * scan_.phase[p].panel_elements() * most / blocks.count;
+    }
     const double rate = bytes < 0.75 * l2_bytes() ? kCacheBytesPerSecond : kMemoryBytesPerSecond;
-    const double compute = flops / kFlopsPerSecond, traffic = bytes / rate;
-    return compute > traffic ? compute : traffic;
+    const double compute = 2 * rows * bytes / sizeof(T) / kFlopsPerSecond<T>,
+                 traffic = bytes / rate;
+    const double gates = rows * layer_.hidden * kGateSeconds * (sizeof(T) / 4) / slices;
+    return (compute > traffic ? compute : traffic) + gates;
   }
 
-  void pack(int64_t threads) {
+  // What one of so many threads does, all of which run at the same time.
+  void work(int64_t rank, int64_t members) {
+    const Split split = members == wanted_.members ? wanted_ : choose(members);
+    const int64_t stack = layer_.stack, batch = layer_.batch, groups = stack * split.chunks;
+    if (rank >= split.members) return;
+    pack(split, rank);
+    if (split.members > 1) meet(meetings_[0], split.members);
+    const int64_t slices = split.slices;
+    for (int64_t g = rank / slices; g < groups; g += split.members / slices) {
+      const int64_t chunk = g % split.chunks;
+      const Share share{g / split.chunks,
+                        batch * chunk / split.chunks,
+                        batch * (chunk + 1) / split.chunks,
+                        rank % slices,
+                        slices,
+                        meetings_ + rank / slices * slices};
+      sequence(share, g == 0 && slices > 1 ? split.members : 0);
+    }
+  }
+
+  // A member packs the weights it is to multiply by first, for its own cache.
+  void pack(const Split& split, int64_t rank) const {
+    if (direct_) return;
+    const int64_t members = split.members, slices = split.slices;
     for (int p = 0; p < scan_.phases; ++p) {
       const Phase<T>& phase = scan_.phase[p];
       const int64_t count = phase.blocks.count;
-      const bool large = layer_.stack * phase.panel_elements() >= 1 << 17;
-      parallel(layer_.stack * count, large && threads > 1, [&](int64_t task) {
+      for (int64_t task = 0; task < layer_.stack * count; ++task) {
         const int64_t s = task / count, block = task % count;
+        int64_t owner = task % members;
+        if (slices > 1) {
+          owner =
+              (s * split.chunks + block % split.chunks) * slices + slice_of(block, count, slices);
+        }
+        if (owner != rank) continue;
         pack_panel(phase.weights, s * phase.entry, phase.blocks, block, phase.panel(s, block));
-      });
+      }
     }
+  }
+  // Slice k has blocks [count * k / slices, count * (k + 1) / slices).
+  FN static int64_t slice_of(int64_t block, int64_t count, int64_t slices) {
+    return ((block + 1) * slices - 1) / count;
   }
 
   FN int64_t step_at(int64_t i, int64_t s) const {
@@ -155,41 +219,41 @@ class Runner {
     return down ? layer_.steps - 1 - i : i;
   }
 
-  // Rows [from, to) of entry s, start to end.
-  void sequence(int64_t s, int64_t from, int64_t to) const {
-    for (int64_t b = from; b < to; ++b) scan_.start(s, b);
+  // What one thread does of a group's work: its slice of the units of rows [from, to) of entry s.
+  struct Share {
+    int64_t s, from, to, slice, slices;
+    Meeting* meeting;
+  };
+
+  // A share, start to end; `arrived` have met before.
+  void sequence(const Share& share, uint64_t arrived) const {
+    const auto wait = [&] {
+      if (share.slices > 1) meet(*share.meeting, arrived += share.slices);
+    };
+    const int64_t rows = share.to - share.from;
+    const int64_t first = share.from + rows * share.slice / share.slices;
+    const int64_t last = share.from + rows * (share.slice + 1) / share.slices;
+    for (int64_t b = first; b < last; ++b) scan_.start(share.s, b);
+    wait();
     for (int64_t i = 0; i < layer_.steps; ++i) {
       for (int p = 0; p < scan_.phases; ++p) {
-        for (int64_t block = 0; block < scan_.phase[p].blocks.count; ++block) {
-          tiles(p, i, s, block, from, to);
-        }
+        blocks(p, i, share);
+        wait();
       }
     }
     if constexpr (Scan::kBackward) {
-      for (int64_t block = 0; block < scan_.phase[0].blocks.count; ++block) {
-        tiles(0, layer_.steps, s, block, from, to);
-      }
+      blocks(0, layer_.steps, share);
+      wait();
     }
-    for (int64_t b = from; b < to; ++b) scan_.end(s, b);
+    for (int64_t b = first; b < last; ++b) scan_.end(share.s, b);
   }
 
-  // All rows, every phase of every step shared out by blocks of units.
-  void in_units() const {
-    const int64_t batch = layer_.batch;
-    const auto each_row = [&](auto&& function) {
-      for (int64_t s = 0; s < layer_.stack; ++s) {
-        for (int64_t b = 0; b < batch; ++b) function(s, b);
-      }
-    };
-    each_row([&](int64_t s, int64_t b) { scan_.start(s, b); });
-    for (int64_t i = 0; i < layer_.steps + Scan::kBackward; ++i) {
-      for (int p = 0; p < (i == layer_.steps ? 1 : scan_.phases); ++p) {
-        const int64_t count = scan_.phase[p].blocks.count;
-        parallel(layer_.stack * count, true,
-                 [&](int64_t task) { tiles(p, i, task / count, task % count, 0, batch); });
-      }
+  FN void blocks(int p, int64_t i, const Share& share) const {
+    const int64_t count = scan_.phase[p].blocks.count;
+    const int64_t end = count * (share.slice + 1) / share.slices;
+    for (int64_t block = count * share.slice / share.slices; block < end; ++block) {
+      tiles(p, i, share.s, block, share.from, share.to);
     }
-    each_row([&](int64_t s, int64_t b) { scan_.end(s, b); });
   }
 
   // One block of units of phase p for rows [from, to), at the i-th step; i == steps finishes.
@@ -198,7 +262,6 @@ class Runner {
     const int units = phase.blocks.depth_vectors(block), vectors = units * phase.weights.gates;
     const int64_t u = phase.blocks.first_unit(block);
     const int64_t depth = phase.weights.depth, ld = phase.operand.ld;
-    const T* panel = phase.panel(s, block);
     const bool finishing = i == layer_.steps;
     const int64_t t = finishing ? 0 : step_at(i, s);
     // Tiles as even as can be: a remainder of one row would run at a fraction of the speed.
@@ -211,7 +274,15 @@ class Runner {
         for (int e = 0; e < rows * vectors * Vec<T>::kWidth; ++e) tile[e] = T(0);
       } else if (Scan::kBackward || any_active(t, b, rows)) {
         const T* operand = phase.operand.row(s, b, phase.alternating ? i & 1 : 0);
-        tile_product<T>(rows, vectors, operand, ld, 1, panel, depth, tile, false);
+        if (direct_) {
+          for (int m = 0; m < rows; ++m) {
+            direct_product<T>(phase.weights, s * phase.entry, phase.blocks, block, operand + m * ld,
+                              tile + m * vectors * Vec<T>::kWidth);
+          }
+        } else {
+          const T* panel = phase.panel(s, block);
+          tile_product<T>(rows, vectors, operand, ld, 1, panel, depth, tile, false);
+        }
       }
       for (int m = 0; m < rows; ++m) {
         const T* sums = tile + m * vectors * Vec<T>::kWidth;
@@ -237,6 +308,9 @@ class Runner {
   static constexpr int kMaxTileElements = 24 * Vec<T>::kWidth;
   const Scan& scan_;
   const Layer& layer_;
+  const bool direct_;  // weights are multiplied by where they are
+  Split wanted_;
+  Meeting* meetings_ = nullptr;
 };
 
 template <class T, class Scan>

@@ -42,6 +42,17 @@ const Kernels& chosen_kernels();
 int64_t thread_count();
 // Calls task(context, i) for 0 <= i < count, on PyTorch's threads, in contiguous ranges.
 void parallel_tasks(int64_t count, void (*task)(void* context, int64_t i), void* context);
+// Calls member(context, rank, members) on as many of PyTorch's threads, at most `wanted`, as are
+// found to run at the same time: they may wait for one another.
+void run_together(int64_t wanted, void (*member)(void* context, int64_t rank, int64_t members),
+                  void* context);
+// Where members wait for one another: a count of arrivals, alone in its cache line.
+struct alignas(64) Meeting {
+  uint64_t arrived = 0;
+};
+// Waits until `arrived` arrivals have been counted, this one among them; what members wrote before
+// is seen after.
+void meet(Meeting& meeting, uint64_t arrived);
 // bytes of memory aligned to 64, or an exception; released by free_workspace.
 void* allocate_workspace(size_t bytes);
 void free_workspace(void* memory);

@@ -37,7 +37,7 @@ class Steps {
 
   // [S, B, width], its values not set.
   Tensor work(const char* name, int64_t width) const {
-    Tensor t = torch::stable::new_empty(like_, {stack_, batch_, width}, scalar_of(acc_));
+    Tensor t = new_tensor(like_, {stack_, batch_, width}, acc_);
     touches(t.mutable_data_ptr(), static_cast<size_t>(t.numel() * size_of(acc_)), false, name);
     return t;
   }
@@ -52,7 +52,7 @@ class Steps {
     Tensor source = w;
     Tensor rows = torch::stable::narrow(source, 1, first, count);
     if (w.scalar_type() == scalar_of(acc_)) return rows;
-    Tensor t = torch::stable::new_empty(like_, {w.size(0), count, w.size(2)}, scalar_of(acc_));
+    Tensor t = new_tensor(like_, {w.size(0), count, w.size(2)}, acc_);
     torch::stable::copy_(t, rows);
     return t;
   }

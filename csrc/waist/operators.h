@@ -44,13 +44,21 @@ inline void check_shape(const char* name, const Tensor& tensor, Shape shape, con
                   name, " must be on the device of the other arguments");
   bool same = tensor.dim() == static_cast<int64_t>(shape.size());
   int64_t d = 0;
-  std::ostringstream wants;
   for (const int64_t size : shape) {
     same = same && (size == kAny || tensor.size(d) == size);
-    wants << (d++ ? ", " : "") << (size == kAny ? "any" : std::to_string(size));
+    ++d;
   }
-  STD_TORCH_CHECK(same, name, " must have shape ", axes, " = [", wants.str(), "], got ",
+  if (same) return;
+  std::ostringstream wants;
+  for (const int64_t size : shape) {
+    wants << (&size == shape.begin() ? "" : ", ") << (size == kAny ? "any" : std::to_string(size));
+  }
+  STD_TORCH_CHECK(false, name, " must have shape ", axes, " = [", wants.str(), "], got ",
                   shape_of(tensor));
+}
+
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 inline DType dtype_of(const char* name, const Tensor& tensor) {
@@ -83,6 +91,27 @@ inline ScalarType scalar_of(DType dtype) {
     default:
       return ScalarType::Float;
   }
+}
+
+// A new contiguous tensor on the device of `like`; torch::stable::new_empty looks its operator up
+// by name each time, which takes longer than a small scan.
+inline Tensor new_tensor(const Tensor& like, Shape shape, DType dtype) {
+  int64_t strides[4], next = 1;
+  STD_TORCH_CHECK(shape.size() <= 4, "new_tensor has four axes at most");
+  for (size_t d = shape.size(); d-- > 0;) {
+    const int64_t size = shape.begin()[d];
+    strides[d] = next;
+    next *= size > 1 ? size : 1;
+  }
+  int32_t type = 0, index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  const auto scalar = torch::stable::detail::from(scalar_of(dtype));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides,
+                               torch::stable::detail::to<int32_t>(scalar), type, index, &handle));
+  return Tensor(handle);
 }
 
 // A piece of memory a call touches. written: it holds values already.
@@ -121,7 +150,7 @@ class Arguments {
     if (!tensor) return nullptr;
     STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Byte, "flags must be uint8");
     check_shape("flags", *tensor, {steps, batch}, "[T, B]", like_);
-    kept_.push_back(torch::stable::contiguous(*tensor));
+    kept_.push_back(as_contiguous(*tensor));
     if (kept_.back().numel() == 0) return nullptr;
     const void* data = kept_.back().const_data_ptr();
     memory_.push_back({data, static_cast<size_t>(steps * batch), true, "flags"});
@@ -135,7 +164,7 @@ class Arguments {
   }
   // A new [T, B, S, n] or [S, B, n], contiguous, and how kernels write it.
   Tensor output(const char* name, Shape shape, DType dtype, Rows& rows) {
-    Tensor t = torch::stable::new_empty(like_, shape, scalar_of(dtype));
+    Tensor t = new_tensor(like_, shape, dtype);
     rows = Rows{};
     rows.dtype = dtype;
     if (t.numel() == 0) return t;

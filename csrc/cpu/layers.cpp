@@ -1,0 +1,245 @@
+// The operator fused_rnn::cpu_layers: every layer of a model in one call where no gradient is asked
+// for, input projections included. It runs the kernels that the operators of one layer run, so the
+// numbers are theirs; what it saves is what lies between them.
+#include <vector>
+
+#include "types.h"
+#include "waist/operators.h"
+
+namespace fused_rnn::cpu {
+namespace {
+
+constexpr int kMaxDirections = 2;
+constexpr uint8_t kReverse[kMaxDirections] = {0, 1};
+
+class Buffer {
+ public:
+  explicit Buffer(int64_t bytes) : data_(allocate_workspace(static_cast<size_t>(bytes))) {}
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { free_workspace(data_); }
+  void* at(int64_t bytes = 0) const { return static_cast<char*>(data_) + bytes; }
+
+ private:
+  void* data_;
+};
+
+// The weights of one layer in one direction.
+struct Direction {
+  Tensor w_ih, w_hh;
+  MaybeTensor b_ih, b_hh, w_hr;
+};
+
+class Model {
+ public:
+  Model(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0,
+        const std::vector<Tensor>& weights, const MaybeTensor& flags, int64_t cell, bool bias,
+        bool projected, bool bidirectional, bool relu)
+      : cell_(cell), relu_(relu), directions_(bidirectional ? 2 : 1), x_(x), flags_(flags) {
+    STD_TORCH_CHECK(0 <= cell && cell <= 2, "cell must be 0, 1 or 2, got ", cell);
+    STD_TORCH_CHECK(x.is_cpu(), "x must be a CPU tensor");
+    STD_TORCH_CHECK(!projected || cell == 0, "only the LSTM has a projection");
+    const size_t each = 2 + 2 * bias + projected;
+    STD_TORCH_CHECK(!weights.empty() && weights.size() % (each * directions_) == 0,
+                    "weights must have ", each, " tensors for every layer and direction, got ",
+                    weights.size());
+    layers_ = static_cast<int64_t>(weights.size() / (each * directions_));
+    check_shape("x", x, {kAny, kAny, kAny}, "[T, B, I]", x);
+    steps_ = x.size(0), batch_ = x.size(1);
+    STD_TORCH_CHECK(steps_ > 0, "x must have steps");
+    STD_TORCH_CHECK(weights[1].dim() == 2, "w_hh must have shape [G*H, P]");
+    gates_ = cell == 0 ? 4 : cell == 1 ? 3 : 1;
+    hidden_ = weights[1].size(0) / gates_, out_ = weights[1].size(1);
+    STD_TORCH_CHECK(hidden_ > 0 && (projected || hidden_ == out_), "w_hh must have shape [", gates_,
+                    "*H, H] with H > 0, got ", shape_of(weights[1]));
+    io_ = dtype_of("w_hh", weights[1]), acc_ = acc_of(io_);
+    same_dtype("x", x);
+    for (int64_t at = 0; at < layers_ * directions_; ++at) {
+      const Tensor* w = &weights[at * each];
+      const int64_t inputs = at < directions_ ? x.size(2) : directions_ * out_;
+      Direction d{kept("w_ih", w[0], {rows(), inputs}, "[G*H, I]"),
+                  kept("w_hh", w[1], {rows(), out_}, "[G*H, P]"),
+                  {},
+                  {},
+                  {}};
+      if (bias) {
+        d.b_ih = kept("b_ih", w[2], {rows()}, "[G*H]");
+        d.b_hh = kept("b_hh", w[3], {rows()}, "[G*H]");
+      }
+      if (projected) d.w_hr = kept("w_hr", w[each - 1], {out_, hidden_}, "[P, H]");
+      weights_.push_back(d);
+    }
+    const int64_t entries = layers_ * directions_;
+    if (h0) h0_ = kept("h0", *h0, {entries, batch_, out_}, "[L*D, B, P]");
+    if (c0) c0_ = kept("c0", *c0, {entries, batch_, hidden_}, "[L*D, B, H]");
+    if (flags) {
+      STD_TORCH_CHECK(flags->scalar_type() == ScalarType::Byte, "flags must be uint8");
+      check_shape("flags", *flags, {steps_, batch_}, "[T, B]", x);
+      flags_ = as_contiguous(*flags);
+    }
+  }
+
+  std::tuple<Tensor, Tensor, Tensor> run() {
+    const int64_t entries = layers_ * directions_, width = directions_ * out_;
+    Tensor y = new_tensor(x_, {steps_, batch_, width}, io_);
+    Tensor h_n = new_tensor(x_, {entries, batch_, out_}, io_);
+    Tensor c_n =
+        cell_ == 0 ? new_tensor(x_, {entries, batch_, hidden_}, io_) : new_tensor(x_, {0}, io_);
+    if (batch_ == 0) return {y, h_n, c_n};
+    h_n_ = h_n.mutable_data_ptr(), c_n_ = cell_ == 0 ? c_n.mutable_data_ptr() : nullptr;
+    const int64_t sequence = steps_ * batch_ * width * size_of(io_);
+    const Buffer gates(directions_ * steps_ * batch_ * rows() * size_of(acc_));
+    const Buffer bias(directions_ * rows() * size_of(acc_));
+    const Buffer between(layers_ > 1 ? sequence : 0), other(layers_ > 2 ? sequence : 0);
+    Tensor input = x_;
+    bool batch_first = false;
+    int64_t row = 0;
+    if (steps_ == 1 || batch_ == 1 || x_.stride(0) == batch_ * x_.stride(1)) {
+      row = batch_ == 1 ? x_.stride(0) : x_.stride(1);
+    } else if (x_.stride(1) == steps_ * x_.stride(0)) {
+      batch_first = true, row = x_.stride(0);
+    } else {
+      input = as_contiguous(x_), row = input.stride(1);
+    }
+    Matrix a{input.const_data_ptr(), io_, 0, row, input.stride(2)};
+    int64_t inputs = input.size(2);
+    for (int64_t layer = 0; layer < layers_; ++layer) {
+      void* to = layer + 1 == layers_ ? y.mutable_data_ptr()
+                 : layer % 2          ? other.at()
+                                      : between.at();
+      project(layer, a, inputs, gates, bias);
+      scan(layer, batch_first, gates, to);
+      a = Matrix{to, io_, 0, width, 1};
+      inputs = width, batch_first = false;
+    }
+    return {y, h_n, c_n};
+  }
+
+ private:
+  int64_t rows() const { return gates_ * hidden_; }
+
+  void same_dtype(const char* name, const Tensor& t) const {
+    STD_TORCH_CHECK(dtype_of(name, t) == io_, name, " must have the dtype of the weights");
+  }
+  Tensor kept(const char* name, const Tensor& t, Shape shape, const char* axes) const {
+    same_dtype(name, t);
+    check_shape(name, t, shape, axes, x_);
+    return as_contiguous(t);
+  }
+  const Direction& direction(int64_t layer, int64_t d) const {
+    return weights_[layer * directions_ + d];
+  }
+
+  // target[0, n) = a + b in the arithmetic's dtype, as one matrix product would convert and add.
+  template <class T>
+  void add_biases(const Direction& d, T* target) const {
+    const auto value = [&](const Tensor& t, int64_t at) -> T {
+      const void* data = t.const_data_ptr();
+      if (io_ == DType::kFloat64 || io_ == DType::kFloat32) return static_cast<const T*>(data)[at];
+      return static_cast<T>(convert(data, at));
+    };
+    const int64_t folded = cell_ == 1 ? 2 * hidden_ : rows();  // the GRU's b_hn is in the scan
+    for (int64_t i = 0; i < rows(); ++i) {
+      target[i] = value(*d.b_ih, i) + (i < folded ? value(*d.b_hh, i) : T(0));
+    }
+  }
+  float convert(const void* data, int64_t at) const {
+    if (io_ == DType::kBFloat16) {
+      return static_cast<const torch::headeronly::BFloat16*>(data)[at];
+    }
+    return static_cast<const torch::headeronly::Half*>(data)[at];
+  }
+
+  // gates[d] [T*B, G*H] = a W_ih^T + bias.
+  void project(int64_t layer, const Matrix& a, int64_t inputs, const Buffer& gates,
+               const Buffer& bias) const {
+    for (int64_t d = 0; d < directions_; ++d) {
+      const Direction& w = direction(layer, d);
+      Matmul p;
+      p.n = 1, p.m = steps_ * batch_, p.k = inputs, p.l = rows();
+      p.a = a;
+      p.b = Matrix{w.w_ih.const_data_ptr(), io_, 0, 1, inputs};
+      if (w.b_ih) {
+        void* sums = bias.at(d * rows() * size_of(acc_));
+        acc_ == DType::kFloat64 ? add_biases(w, static_cast<double*>(sums))
+                                : add_biases(w, static_cast<float*>(sums));
+        p.bias = Matrix{sums, acc_, 0, 0, 1};
+      }
+      p.out = gates.at(d * p.m * p.l * size_of(acc_));
+      chosen_kernels().matmul(p, acc_);
+    }
+  }
+
+  // The two directions' weights are tensors of their own: an entry's stride leads from one to the
+  // other, whatever lies between.
+  Rows weight(const Tensor& first, const Tensor& last, int64_t skip = 0) const {
+    const auto address = [](const Tensor& t) {
+      return reinterpret_cast<intptr_t>(t.const_data_ptr());
+    };
+    const int64_t apart = (address(last) - address(first)) / size_of(io_);
+    const int64_t row = first.dim() == 2 ? first.stride(0) : 0;
+    auto* data = static_cast<char*>(const_cast<void*>(first.const_data_ptr()));
+    return Rows{data + skip * size_of(io_), io_, 0, row, apart};
+  }
+  Rows state(const MaybeTensor& t, int64_t layer, int64_t size) const {
+    if (!t) return Rows{nullptr, io_, 0, 0, 0};
+    return state_at(const_cast<void*>(t->const_data_ptr()), layer, size);
+  }
+  Rows state_at(void* data, int64_t layer, int64_t size) const {
+    const int64_t entry = batch_ * size;
+    char* start = static_cast<char*>(data) + layer * directions_ * entry * size_of(io_);
+    return Rows{start, io_, 0, size, entry};
+  }
+
+  void scan(int64_t layer, bool batch_first, const Buffer& gates, void* to) const {
+    const Direction &first = direction(layer, 0), &last = direction(layer, directions_ - 1);
+    const int64_t width = directions_ * out_, all = steps_ * batch_;
+    Layer l{steps_, batch_, directions_, hidden_, out_, nullptr, kReverse};
+    if (flags_) l.flags = static_cast<const uint8_t*>(flags_->const_data_ptr());
+    const Rows gates_x{gates.at(), acc_, (batch_first ? 1 : batch_) * rows(),
+                       (batch_first ? steps_ : 1) * rows(), all * rows()};
+    const Rows w_hh = weight(first.w_hh, last.w_hh);
+    const Rows y{to, io_, batch_ * width, width, out_};
+    const Rows h0 = state(h0_, layer, out_), h_n = state_at(h_n_, layer, out_);
+    if (cell_ == 0) {
+      LstmForward p;
+      p.layer = l, p.gates_x = gates_x, p.h0 = h0, p.c0 = state(c0_, layer, hidden_);
+      p.w_hh = w_hh, p.y = y, p.h_n = h_n, p.c_n = state_at(c_n_, layer, hidden_);
+      if (first.w_hr) p.w_hr = weight(*first.w_hr, *last.w_hr);
+      chosen_kernels().lstm_forward(p, acc_);
+    } else if (cell_ == 1) {
+      GruForward p;
+      p.layer = l, p.gates_x = gates_x, p.h0 = h0, p.w_hh = w_hh, p.y = y, p.h_n = h_n;
+      if (first.b_hh) p.b_hn = weight(*first.b_hh, *last.b_hh, 2 * hidden_);
+      chosen_kernels().gru_forward(p, acc_);
+    } else {
+      RnnForward p;
+      p.layer = l, p.gates_x = gates_x, p.h0 = h0, p.w_hh = w_hh, p.y = y, p.h_n = h_n;
+      p.relu = relu_;
+      chosen_kernels().rnn_forward(p, acc_);
+    }
+  }
+
+  const int64_t cell_;
+  const bool relu_;
+  const int64_t directions_;
+  const Tensor x_;
+  MaybeTensor flags_, h0_, c0_;
+  std::vector<Direction> weights_;
+  int64_t layers_ = 0, steps_ = 0, batch_ = 0, gates_ = 0, hidden_ = 0, out_ = 0;
+  DType io_, acc_;
+  void *h_n_ = nullptr, *c_n_ = nullptr;
+};
+
+std::tuple<Tensor, Tensor, Tensor> layers(const Tensor& x, const MaybeTensor& h0,
+                                          const MaybeTensor& c0, std::vector<Tensor> weights,
+                                          const MaybeTensor& flags, int64_t cell, bool bias,
+                                          bool projected, bool bidirectional, bool relu) {
+  return Model(x, h0, c0, weights, flags, cell, bias, projected, bidirectional, relu).run();
+}
+
+}  // namespace
+}  // namespace fused_rnn::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {
+  m.impl("cpu_layers", TORCH_BOX(&fused_rnn::cpu::layers));
+}
