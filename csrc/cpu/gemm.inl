@@ -15,8 +15,21 @@ constexpr int kTileRows[5] = {0, 8, 8, 8, 6};
 #else
 constexpr int kTileRows[5] = {0, 6, 6, 4, 3};
 #endif
-constexpr int kMaxTileRows = kTileRows[1];
 constexpr int kMaxVectors = 4;
+
+// Rows whose sums are in the first-level cache at a time, and the slice of a panel, along k, that
+// all their tiles use before the next: 12 KiB of sums, 8 KiB of panel, 6 KiB of operands.
+constexpr int64_t kGroupRows = 48;
+constexpr int64_t kSliceK = 32;
+static_assert(kSliceK % kBlockK == 0, "the order of sums must not depend on the slices");
+
+// Elements from row to row: an odd number of cache lines, so that a slice of many rows does not
+// fall into few sets of the cache.
+template <class T>
+FN int64_t padded_row(int64_t width) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  return ((width + kLine - 1) / kLine | 1) * kLine;
+}
 
 // tile[m][v * kWidth + lane] (+)= sum over k of a[m * row + k * column] * panel[k][v][lane].
 template <class T, int kRows, int kVectors>
@@ -154,55 +167,71 @@ void pack_vector(const Weights& w, int64_t at, int lanes, T* panel, int64_t step
   }
 }
 
+// Sums of direct_product over `deep` terms, of kVectors vectors of units: one square of weights of
+// each in turn, so that their chains of sums run side by side.
+template <class T, int kVectors>
+FN void direct_sums(const Weights& w, const int64_t* from, const int* lanes, const T* x,
+                    int64_t deep, Vec<T>* total, bool add) {
+  using V = Vec<T>;
+  constexpr int kWidth = V::kWidth;
+  V sum[kVectors], square[kWidth];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) sum[v] = V(T(0));
+  for (int64_t k = 0; k < deep; k += kWidth) {
+    const int wide = deep - k < kWidth ? static_cast<int>(deep - k) : kWidth;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      if (lanes[v] == kWidth && wide == kWidth && w.dtype == kNative<T>) {
+        load_transposed(static_cast<const T*>(w.data) + from[v] + k, w.unit, square);
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i) sum[v] = fma(V(x[k + i]), square[i], sum[v]);
+        continue;
+      }
+      for (int l = 0; l < kWidth; ++l) {
+        square[l] =
+            l < lanes[v] ? load<T>(w.data, w.dtype, from[v] + k + l * w.unit, wide) : V(T(0));
+      }
+      transpose(square);
+      for (int i = 0; i < wide; ++i) sum[v] = fma(V(x[k + i]), square[i], sum[v]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) total[v] = add ? total[v] + sum[v] : sum[v];
+}
+
 // As tile_product for one row x [depth] and a block of weights that are not packed, each unit's
 // lying one after another (column == 1): for one or two rows, packing costs more than it saves.
 // `at` is where the stack entry's weights begin.
 template <class T>
-void direct_product(const Weights& w, int64_t at, const Blocks& blocks, int64_t block, const T* x,
-                    T* tile) {
+__attribute__((noinline)) void direct_product(const Weights& w, int64_t at, const Blocks& blocks,
+                                              int64_t block, const T* x, T* tile) {
   using V = Vec<T>;
   constexpr int kWidth = V::kWidth;
-  static_assert(kBlockK % kWidth == 0, "the order of sums is tile_product's");
   const int vectors = blocks.depth_vectors(block) * w.gates;
-  const auto start_of = [&](int v) FN_LAMBDA {
+  int64_t from[kMaxVectors];
+  int lanes[kMaxVectors];
+  V total[kMaxVectors];
+  for (int v = 0; v < vectors; ++v) {
     const int64_t u = blocks.first_unit(block) + v / w.gates * kWidth;
-    return at + v % w.gates * w.gate + u * w.unit;
-  };
-  const auto lanes_of = [&](int v) FN_LAMBDA {
-    const int64_t left = w.units - (blocks.first_unit(block) + v / w.gates * kWidth);
-    return left < kWidth ? static_cast<int>(left) : kWidth;
-  };
-  V total[kMaxVectors], sum[kMaxVectors];
-  for (int v = 0; v < vectors; ++v) total[v] = sum[v] = V(T(0));
-  for (int64_t k = 0; k < w.depth; k += kWidth) {
-    const int wide = w.depth - k < kWidth ? static_cast<int>(w.depth - k) : kWidth;
-    const bool last = k + kWidth >= w.depth || (k + kWidth) % kBlockK == 0;
-    for (int v = 0; v < vectors; ++v) {
-      const int64_t from = start_of(v) + k;
-      const int lanes = lanes_of(v);
-      V square[kWidth], s = sum[v];
-      if (lanes == kWidth && wide == kWidth && w.dtype == kNative<T>) {
-        const T* rows = static_cast<const T*>(w.data) + from;
-#pragma GCC unroll 16
-        for (int l = 0; l < kWidth; ++l) square[l] = V::load(rows + l * w.unit);
-      } else {
-        for (int l = 0; l < kWidth; ++l) {
-          square[l] = l < lanes ? load<T>(w.data, w.dtype, from + l * w.unit, wide) : V(T(0));
+    from[v] = at + v % w.gates * w.gate + u * w.unit;
+    lanes[v] = w.units - u < kWidth ? static_cast<int>(w.units - u) : kWidth;
+    total[v] = V(T(0));
+  }
+  for (int64_t k = 0; k < w.depth; k += kBlockK) {
+    const int64_t deep = w.depth - k < kBlockK ? w.depth - k : kBlockK;
+    switch (vectors) {
+      case 4:
+        direct_sums<T, 4>(w, from, lanes, x + k, deep, total, k > 0);
+        break;
+      case 3:
+        direct_sums<T, 3>(w, from, lanes, x + k, deep, total, k > 0);
+        break;
+      default:
+        for (int v = 0; v < vectors; ++v) {
+          direct_sums<T, 1>(w, from + v, lanes + v, x + k, deep, total + v, k > 0);
         }
-      }
-      transpose(square);
-      if (wide == kWidth) {
-#pragma GCC unroll 16
-        for (int i = 0; i < kWidth; ++i) s = fma(V(x[k + i]), square[i], s);
-      } else {
-        for (int i = 0; i < wide; ++i) s = fma(V(x[k + i]), square[i], s);
-      }
-      if (last) {
-        total[v] = k < kBlockK ? s : total[v] + s;
-        s = V(T(0));
-      }
-      sum[v] = s;
     }
+    for (int v = 0; v < vectors; ++v) from[v] += kBlockK;
   }
   for (int v = 0; v < vectors; ++v) total[v].store(tile + v * kWidth);
 }

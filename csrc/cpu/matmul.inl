@@ -2,8 +2,10 @@
 // depend neither on the other rows nor on the threads.
 // Included inside the instruction set's anonymous namespace; see kernels.inl.
 
-constexpr int64_t kChunkK = 512;     // K is taken in chunks: a panel of 4 vectors then fits the L2
-constexpr int64_t kGroupTiles = 16;  // row tiles that share a pass over one panel
+constexpr int64_t kChunkK = 512;  // K is taken in chunks: a panel of 4 vectors then fits the L2
+
+constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kCopiesPay = 4;  // blocks that use a copy of their operands
 
 static_assert(kChunkK % kBlockK == 0, "the order of sums must not depend on the chunks");
 
@@ -41,6 +43,7 @@ class Product {
 
  private:
   static constexpr int kRows = kTileRows[kMaxVectors];
+  static constexpr int64_t kGroupTiles = kGroupRows / kRows;
 
   // For one or two rows, of weights that lie along k as they are.
   void directly() const {
@@ -95,13 +98,36 @@ class Product {
         }
       });
     }
+    // A task is some blocks of a group of rows, whose operands it copies first where they may share
+    // sets of the cache.
     const int64_t groups = (tiles_ + kGroupTiles - 1) / kGroupTiles;
-    parallel(groups * blocks_.count, threaded_, [&](int64_t task) {
-      const int64_t group = task / blocks_.count, block = task % blocks_.count;
-      const int64_t last = (group + 1) * kGroupTiles;
-      for (int64_t tile = group * kGroupTiles; tile < (last < tiles_ ? last : tiles_); ++tile) {
-        one_tile(n, at, depth, a_start, tile, block);
+    const int64_t wanted = (kTasksPerThread * thread_count() + groups - 1) / groups;
+    const int64_t parts = wanted < blocks_.count ? wanted : blocks_.count;
+    parallel(groups * parts, threaded_, [&](int64_t task) {
+      const int64_t group = task / parts, part = task % parts;
+      const int64_t from = group * kGroupTiles, to = from + kGroupTiles;
+      const Group g{n, at, depth, from, to < tiles_ ? to : tiles_};
+      const int64_t last = blocks_.count * (part + 1) / parts;
+      const auto all = [&](const T* a, int64_t row, int64_t column, int64_t tile) FN_LAMBDA {
+        for (int64_t block = blocks_.count * part / parts; block < last; ++block) {
+          tiles(g, block, a, row, column, tile);
+        }
+      };
+      if (packs_a_) return all(tile_a(from, depth), 1, kRows, tile_a(1, depth) - packed_a_);
+      const T* a = static_cast<const T*>(p_.a.data) + a_start + from * kRows * p_.a.row;
+      const int64_t rows = lanes_at(p_.m, from * kRows, static_cast<int>(kGroupRows));
+      if (rows <= kRows || last - blocks_.count * part / parts < kCopiesPay) {
+        return all(a, p_.a.row, 1, kRows * p_.a.row);
       }
+      alignas(64) T copy[kGroupRows * (kChunkK + 64 / sizeof(T))];
+      const int64_t ld = padded_row<T>(depth);
+      for (int64_t m = 0; m < rows; ++m) {
+        for (int64_t k = 0; k < depth; k += Vec<T>::kWidth) {
+          const int lanes = lanes_at(depth, k, Vec<T>::kWidth);
+          Vec<T>::load(a + m * p_.a.row + k, lanes).store(copy + m * ld + k);
+        }
+      }
+      all(copy, ld, 1, kRows * ld);
     });
   }
 
@@ -109,31 +135,40 @@ class Product {
     return packed_a_ + tile * (depth * kRows + Vec<T>::kWidth);
   }
 
-  void one_tile(int64_t n, int64_t at, int64_t depth, int64_t a_start, int64_t tile,
-                int64_t block) const {
+  // Tiles [from, to) of the chunk of K that begins at `at`.
+  struct Group {
+    int64_t n, at, depth, from, to;
+  };
+
+  // One block of a group, whose operands are at a[tile * tile_step + m * row + k * column].
+  void tiles(const Group& g, int64_t block, const T* a, int64_t row, int64_t column,
+             int64_t tile_step) const {
+    const auto [n, at, depth, from, to] = g;
     using V = Vec<T>;
     const int vectors = blocks_.depth_vectors(block);
-    const int64_t first = tile * kRows, u = blocks_.first_unit(block);
-    const int rows = lanes_at(p_.m, first, kRows);
-    alignas(64) T sums[kRows * kMaxVectors * V::kWidth];
+    const int64_t first = from * kRows, u = blocks_.first_unit(block), width = vectors * V::kWidth;
+    const int all = lanes_at(p_.m, first, static_cast<int>((to - from) * kRows));
+    alignas(64) T sums[kGroupTiles * kRows * kMaxVectors * V::kWidth];
     if (at > 0) {
       const T* out = static_cast<const T*>(p_.out) + (n * p_.m + first) * p_.l + u;
-      for (int m = 0; m < rows; ++m) {
+      for (int m = 0; m < all; ++m) {
         for (int v = 0; v < vectors; ++v) {
           const int lanes = lanes_at(p_.l, u + v * V::kWidth, V::kWidth);
-          V::load(out + m * p_.l + v * V::kWidth, lanes)
-              .store(sums + (m * vectors + v) * V::kWidth);
+          V::load(out + m * p_.l + v * V::kWidth, lanes).store(sums + m * width + v * V::kWidth);
         }
       }
     }
     const T* panel = panels_ + blocks_.row_offset(block) * depth;
-    if (packs_a_) {
-      tile_product<T>(rows, vectors, tile_a(tile, depth), 1, kRows, panel, depth, sums, at > 0);
-    } else {
-      const T* a = static_cast<const T*>(p_.a.data) + a_start + first * p_.a.row;
-      tile_product<T>(rows, vectors, a, p_.a.row, 1, panel, depth, sums, at > 0);
+    for (int64_t k = 0; k < depth || k == 0; k += kSliceK) {
+      const int64_t deep = depth - k < kSliceK ? depth - k : kSliceK;
+      for (int64_t tile = from; tile < to; ++tile) {
+        const int rows = lanes_at(p_.m, tile * kRows, kRows);
+        T* to_sums = sums + (tile - from) * kRows * width;
+        tile_product<T>(rows, vectors, a + (tile - from) * tile_step + k * column, row, column,
+                        panel + k * width, deep, to_sums, at + k > 0);
+      }
     }
-    leave(n, first, block, rows, sums, at + depth == p_.k);
+    leave(n, first, block, all, sums, at + depth == p_.k);
   }
 
   const Matmul& p_;

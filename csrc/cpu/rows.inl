@@ -14,6 +14,14 @@ __attribute__((noinline)) void store_converted(VecF x, void* data, DType dtype, 
   dtype == DType::kBFloat16 ? store_bf16(x, p, n) : store_f16(x, p, n);
 }
 
+// r[i] lane l = element l * stride + i of a matrix: a full square of it, transposed.
+template <class T>
+FN void load_transposed(const T* rows, int64_t stride, Vec<T> (&r)[Vec<T>::kWidth]) {
+#pragma GCC unroll 16
+  for (int l = 0; l < Vec<T>::kWidth; ++l) r[l] = Vec<T>::load(rows + l * stride);
+  transpose(r);
+}
+
 // n elements from element `at` on; the lanes beyond are zero.
 template <class T>
 FN Vec<T> load(const void* data, DType dtype, int64_t at, int n) {

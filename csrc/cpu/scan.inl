@@ -32,7 +32,7 @@ struct State {
 
   State() = default;
   State(Workspace<T>& memory, const Layer& layer, int64_t width, bool alternating)
-      : ld((width + 15) / 16 * 16), batch(layer.batch), size(layer.stack * layer.batch * ld) {
+      : ld(padded_row<T>(width)), batch(layer.batch), size(layer.stack * layer.batch * ld) {
     data = memory.take(size * (alternating ? 2 : 1));
   }
   FN T* row(int64_t s, int64_t b, int64_t parity = 0) const {
@@ -258,41 +258,60 @@ class Runner {
 
   // One block of units of phase p for rows [from, to), at the i-th step; i == steps finishes.
   void tiles(int p, int64_t i, int64_t s, int64_t block, int64_t from, int64_t to) const {
+    const int64_t groups = (to - from + kGroupRows - 1) / kGroupRows;
+    for (int64_t g = 0; g < groups; ++g) {
+      group(p, i, s, block, from + (to - from) * g / groups, from + (to - from) * (g + 1) / groups);
+    }
+  }
+
+  void group(int p, int64_t i, int64_t s, int64_t block, int64_t from, int64_t to) const {
     const Phase<T>& phase = scan_.phase[p];
     const int units = phase.blocks.depth_vectors(block), vectors = units * phase.weights.gates;
-    const int64_t u = phase.blocks.first_unit(block);
-    const int64_t depth = phase.weights.depth, ld = phase.operand.ld;
+    const int64_t u = phase.blocks.first_unit(block), width = vectors * Vec<T>::kWidth;
     const bool finishing = i == layer_.steps;
     const int64_t t = finishing ? 0 : step_at(i, s);
-    // Tiles as even as can be: a remainder of one row would run at a fraction of the speed.
-    const int64_t count = (to - from + kTileRows[vectors] - 1) / kTileRows[vectors];
-    for (int64_t k = 0; k < count; ++k) {
-      const int64_t b = from + (to - from) * k / count;
-      const int rows = static_cast<int>(from + (to - from) * (k + 1) / count - b);
-      alignas(64) T tile[kMaxTileElements];
-      if (Scan::kBackward && p == 0 && i == 0) {
-        for (int e = 0; e < rows * vectors * Vec<T>::kWidth; ++e) tile[e] = T(0);
-      } else if (Scan::kBackward || any_active(t, b, rows)) {
-        const T* operand = phase.operand.row(s, b, phase.alternating ? i & 1 : 0);
-        if (direct_) {
-          for (int m = 0; m < rows; ++m) {
-            direct_product<T>(phase.weights, s * phase.entry, phase.blocks, block, operand + m * ld,
-                              tile + m * vectors * Vec<T>::kWidth);
-          }
-        } else {
-          const T* panel = phase.panel(s, block);
-          tile_product<T>(rows, vectors, operand, ld, 1, panel, depth, tile, false);
+    alignas(64) T sums[kGroupRows * kMaxVectors * Vec<T>::kWidth];
+    if (Scan::kBackward && p == 0 && i == 0) {
+      for (int64_t e = 0; e < (to - from) * width; ++e) sums[e] = T(0);
+    } else {
+      multiply(phase, i, t, s, block, from, to, sums);
+    }
+    for (int64_t b = from; b < to; ++b) {
+      if constexpr (Scan::kBackward) {
+        if (finishing) {
+          scan_.finish(s, b, u, units, sums + (b - from) * width);
+          continue;
         }
       }
-      for (int m = 0; m < rows; ++m) {
-        const T* sums = tile + m * vectors * Vec<T>::kWidth;
-        if constexpr (Scan::kBackward) {
-          if (finishing) {
-            scan_.finish(s, b + m, u, units, sums);
-            continue;
-          }
-        }
-        scan_.rows(p, i, t, s, b + m, u, units, sums);
+      scan_.rows(p, i, t, s, b, u, units, sums + (b - from) * width);
+    }
+  }
+
+  // sums[b - from] = the operand's row b times a block of weights.
+  FN void multiply(const Phase<T>& phase, int64_t i, int64_t t, int64_t s, int64_t block,
+                   int64_t from, int64_t to, T* sums) const {
+    const int vectors = phase.blocks.depth_vectors(block) * phase.weights.gates;
+    const int64_t width = vectors * Vec<T>::kWidth;
+    const int64_t depth = phase.weights.depth, ld = phase.operand.ld;
+    const T* operand = phase.operand.row(s, from, phase.alternating ? i & 1 : 0);
+    if (direct_) {
+      for (int64_t b = from; b < to; ++b, operand += ld, sums += width) {
+        direct_product<T>(phase.weights, s * phase.entry, phase.blocks, block, operand, sums);
+      }
+      return;
+    }
+    // Tiles as even as can be: a remainder of one row would run at a fraction of the speed.
+    const int64_t count = (to - from + kTileRows[vectors] - 1) / kTileRows[vectors];
+    const int64_t slice = count == 1 ? depth : kSliceK;
+    const T* panel = phase.panel(s, block);
+    for (int64_t k = 0; k < depth; k += slice) {
+      const int64_t deep = depth - k < slice ? depth - k : slice;
+      for (int64_t tile = 0; tile < count; ++tile) {
+        const int64_t first = (to - from) * tile / count;
+        const int rows = static_cast<int>((to - from) * (tile + 1) / count - first);
+        if (!Scan::kBackward && !any_active(t, from + first, rows)) continue;
+        tile_product<T>(rows, vectors, operand + first * ld + k, ld, 1, panel + k * width, deep,
+                        sums + first * width, k > 0);
       }
     }
   }
@@ -305,7 +324,6 @@ class Runner {
     return false;
   }
 
-  static constexpr int kMaxTileElements = 24 * Vec<T>::kWidth;
   const Scan& scan_;
   const Layer& layer_;
   const bool direct_;  // weights are multiplied by where they are
