@@ -181,7 +181,7 @@ def may_infer(x: Tensor) -> bool:
     casts, and the CPU's kernels are those to be used."""
     return (
         type(x) is Tensor
-        and x.device.type == "cpu"
+        and x.is_cpu
         and not torch.is_grad_enabled()
         and backends.current_backend() in (backends.AUTO, "cpu")
         and not backends.extension_missing()
@@ -199,7 +199,7 @@ def infer(cell: str, x: Tensor, hx, weights: list[Tensor], flags, bias, projecte
     dtype = x.dtype
     for tensors in (weights, hx or ()):
         for t in tensors:
-            if type(t) not in _PLAIN or t.dtype is not dtype or t.device.type != "cpu":
+            if type(t) not in _PLAIN or t.dtype is not dtype or not t.is_cpu:
                 return None
     h0, c0 = (None, None) if hx is None else hx if len(hx) == 2 else (hx[0], None)
     y, h_n, c_n = _cpu_layers(

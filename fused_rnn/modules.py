@@ -144,6 +144,10 @@ class _FusedRNNBase(torch.nn.RNNBase):
 
     def _run(self, input, hx, lengths, reset, return_cells: bool = False):
         """forward() of the three modules; hx is a tuple of states or None, and so it returns."""
+        if lengths is None and reset is None and not return_cells and may_infer(input):
+            found = self._run_plain(input, hx)  # single steps are made of little else than checks
+            if found is not None:
+                return *found, ()
         if isinstance(input, PackedSequence):
             return self._run_packed(input, hx, lengths, reset, return_cells)
         if input.dim() not in (2, 3):
@@ -181,6 +185,28 @@ class _FusedRNNBase(torch.nn.RNNBase):
             y, cells = y.squeeze(batch_dim), tuple(c.squeeze(batch_dim) for c in cells)
             finals = tuple(state.squeeze(1) for state in finals)
         return y, finals, cells
+
+    def _run_plain(self, input: Tensor, hx):
+        """A batch without lengths or reset by one operator; None where that cannot be, or where an
+        argument is wrong, which is then said elsewhere."""
+        if input.dim() != 3 or input.shape[2] != self.input_size:
+            return None
+        if self.training and self.dropout and self.num_layers > 1:
+            return None
+        x = input.transpose(0, 1) if self.batch_first else input
+        steps, rows, _ = x.shape
+        if hx is not None:
+            entries = self.num_layers * (2 if self.bidirectional else 1)
+            sizes = (self.proj_size or self.hidden_size, self.hidden_size)
+            for state, size in zip(hx, sizes):
+                if type(state) is not Tensor or state.shape != (entries, rows, size):
+                    return None
+        if steps == 0:
+            return None
+        found = self._infer(x, hx, None)
+        if found is not None and self.batch_first:
+            return found[0].transpose(0, 1), found[1]
+        return found
 
     def _run_packed(self, packed, hx, lengths, reset, return_cells: bool):
         if lengths is not None:

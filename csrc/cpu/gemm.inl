@@ -132,6 +132,21 @@ struct Blocks {
   FN int64_t row_offset(int64_t block) const { return first_vector(block) * gates * width; }
 };
 
+// square[i] lane l = column i of unit l, from element `at` on, of `lanes` units whose weights lie
+// one after another (column == 1); zero beyond them, and beyond `wide` columns.
+template <class T>
+FN void load_square(const Weights& w, int64_t at, int lanes, int wide,
+                    Vec<T> (&square)[Vec<T>::kWidth]) {
+  constexpr int kWidth = Vec<T>::kWidth;
+  if (lanes == kWidth && wide == kWidth && w.dtype == kNative<T>) {
+    return load_transposed(static_cast<const T*>(w.data) + at, w.unit, square);
+  }
+  for (int l = 0; l < kWidth; ++l) {
+    square[l] = l < lanes ? load<T>(w.data, w.dtype, at + l * w.unit, wide) : Vec<T>(T(0));
+  }
+  transpose(square);
+}
+
 // panel[k][kWidth], k in [0, depth), at stride `step`: the lanes are `lanes` units from `at` on.
 template <class T>
 void pack_vector(const Weights& w, int64_t at, int lanes, T* panel, int64_t step) {
@@ -145,10 +160,7 @@ void pack_vector(const Weights& w, int64_t at, int lanes, T* panel, int64_t step
     for (int64_t k = 0; k < w.depth; k += kWidth) {
       const int wide = w.depth - k < kWidth ? static_cast<int>(w.depth - k) : kWidth;
       V square[kWidth];
-      for (int l = 0; l < kWidth; ++l) {
-        square[l] = l < lanes ? load<T>(w.data, w.dtype, at + k + l * w.unit, wide) : V(T(0));
-      }
-      transpose(square);
+      load_square(w, at + k, lanes, wide, square);
       if (wide == kWidth) {
 #pragma GCC unroll 16
         for (int i = 0; i < kWidth; ++i) square[i].store(panel + (k + i) * step);
@@ -181,18 +193,13 @@ FN void direct_sums(const Weights& w, const int64_t* from, const int* lanes, con
     const int wide = deep - k < kWidth ? static_cast<int>(deep - k) : kWidth;
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      if (lanes[v] == kWidth && wide == kWidth && w.dtype == kNative<T>) {
-        load_transposed(static_cast<const T*>(w.data) + from[v] + k, w.unit, square);
+      load_square(w, from[v] + k, lanes[v], wide, square);
+      if (wide == kWidth) {
 #pragma GCC unroll 16
         for (int i = 0; i < kWidth; ++i) sum[v] = fma(V(x[k + i]), square[i], sum[v]);
-        continue;
+      } else {
+        for (int i = 0; i < wide; ++i) sum[v] = fma(V(x[k + i]), square[i], sum[v]);
       }
-      for (int l = 0; l < kWidth; ++l) {
-        square[l] =
-            l < lanes[v] ? load<T>(w.data, w.dtype, from[v] + k + l * w.unit, wide) : V(T(0));
-      }
-      transpose(square);
-      for (int i = 0; i < wide; ++i) sum[v] = fma(V(x[k + i]), square[i], sum[v]);
     }
   }
 #pragma GCC unroll 4

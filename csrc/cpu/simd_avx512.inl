@@ -140,28 +140,41 @@ FN void transpose(VecD (&r)[8]) {
   }
 }
 
-// r[i] lane l = rows[l * stride + i]: a square of a matrix, transposed. Quarters of four rows go
-// into a register as they are loaded, which spares half of transpose's shuffles.
+// r[i] lane l = rows[l * stride + i]: a square of a matrix, transposed. Rows l and l + 8 share a
+// register from the load on, which spares a quarter of transpose's shuffles.
 FN void load_transposed(const float* rows, int64_t stride, VecF (&r)[16]) {
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    __m512 t[4];
+  const __m512i even = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+  const __m512i odd = _mm512_setr_epi32(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    __m512 z[8], t[8], u[8];
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      const float* at = rows + j * stride + 8 * half;
+      const __m512 first = _mm512_castps256_ps512(_mm256_loadu_ps(at));
+      z[j] = _mm512_insertf32x8(first, _mm256_loadu_ps(at + 8 * stride), 1);
+    }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      const float* at = rows + i * stride + 4 * c;
-      __m512 x = _mm512_castps128_ps512(_mm_loadu_ps(at));
-      x = _mm512_insertf32x4(x, _mm_loadu_ps(at + 4 * stride), 1);
-      x = _mm512_insertf32x4(x, _mm_loadu_ps(at + 8 * stride), 2);
-      t[i] = _mm512_insertf32x4(x, _mm_loadu_ps(at + 12 * stride), 3);
+      t[2 * i] = _mm512_unpacklo_ps(z[2 * i], z[2 * i + 1]);
+      t[2 * i + 1] = _mm512_unpackhi_ps(z[2 * i], z[2 * i + 1]);
     }
-    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(t[0], t[1]));
-    const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(t[0], t[1]));
-    const __m512d d = _mm512_castps_pd(_mm512_unpacklo_ps(t[2], t[3]));
-    const __m512d e = _mm512_castps_pd(_mm512_unpackhi_ps(t[2], t[3]));
-    r[4 * c] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, d));
-    r[4 * c + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, d));
-    r[4 * c + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, e));
-    r[4 * c + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, e));
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const __m512d a = _mm512_castps_pd(t[4 * i]), b = _mm512_castps_pd(t[4 * i + 1]);
+      const __m512d c = _mm512_castps_pd(t[4 * i + 2]), d = _mm512_castps_pd(t[4 * i + 3]);
+      u[4 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+      u[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+      u[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+      u[4 * i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+    }
+    // u[i] holds, in its 128-bit lanes, rows 0..3 of columns i and 4 + i, then rows 8..11 of them;
+    // u[4 + i] rows 4..7 and 12..15.
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      r[8 * half + i].v = _mm512_permutex2var_ps(u[i], even, u[4 + i]);
+      r[8 * half + 4 + i].v = _mm512_permutex2var_ps(u[i], odd, u[4 + i]);
+    }
   }
 }
 
