@@ -34,6 +34,7 @@ CUDA_LIBRARY = "fused_rnn.libfused_rnn_cuda"  # no Python module; torch.ops.load
 COMPILE_FLAGS = [
     *("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-DNDEBUG"),
     "-ffp-contract=off",  # which products are fused with a sum is ours to say, not the compiler's
+    "-fno-tree-slp-vectorize",  # GCC packs addresses into vectors to add them, and out again
     "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*TORCH),
     "-DPy_LIMITED_API=0x{:02x}{:02x}0000".format(*PYTHON),
 ]

@@ -179,16 +179,23 @@ void pack_vector(const Weights& w, int64_t at, int lanes, T* panel, int64_t step
   }
 }
 
-// Sums of direct_product over `deep` terms, of kVectors vectors of units: one square of weights of
-// each in turn, so that their chains of sums run side by side.
-template <class T, int kVectors>
-FN void direct_sums(const Weights& w, const int64_t* from, const int* lanes, const T* x,
-                    int64_t deep, Vec<T>* total, bool add) {
+// Up to so many rows, weights that are used once are not packed first.
+constexpr int64_t kDirectRows = 8;
+
+// total[m * step + v] (+)= the sums over `deep` terms of kRows rows of x, `ld` apart, and kVectors
+// vectors of units; one square of weights at a time, so that kRows * kVectors chains of sums run
+// side by side.
+template <class T, int kRows, int kVectors>
+FN void direct_sums(const Weights& w, const int64_t* from, const int* lanes, const T* x, int64_t ld,
+                    int64_t deep, Vec<T>* total, int step, bool add) {
   using V = Vec<T>;
   constexpr int kWidth = V::kWidth;
-  V sum[kVectors], square[kWidth];
+  V sum[kRows][kVectors], square[kWidth];
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) sum[v] = V(T(0));
+    for (int v = 0; v < kVectors; ++v) sum[m][v] = V(T(0));
+  }
   for (int64_t k = 0; k < deep; k += kWidth) {
     const int wide = deep - k < kWidth ? static_cast<int>(deep - k) : kWidth;
 #pragma GCC unroll 4
@@ -196,51 +203,110 @@ FN void direct_sums(const Weights& w, const int64_t* from, const int* lanes, con
       load_square(w, from[v] + k, lanes[v], wide, square);
       if (wide == kWidth) {
 #pragma GCC unroll 16
-        for (int i = 0; i < kWidth; ++i) sum[v] = fma(V(x[k + i]), square[i], sum[v]);
+        for (int i = 0; i < kWidth; ++i) {
+#pragma GCC unroll 8
+          for (int m = 0; m < kRows; ++m) {
+            sum[m][v] = fma(V(x[m * ld + k + i]), square[i], sum[m][v]);
+          }
+        }
       } else {
-        for (int i = 0; i < wide; ++i) sum[v] = fma(V(x[k + i]), square[i], sum[v]);
+        for (int i = 0; i < wide; ++i) {
+#pragma GCC unroll 8
+          for (int m = 0; m < kRows; ++m) {
+            sum[m][v] = fma(V(x[m * ld + k + i]), square[i], sum[m][v]);
+          }
+        }
       }
     }
   }
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) total[v] = add ? total[v] + sum[v] : sum[v];
+    for (int v = 0; v < kVectors; ++v) {
+      V& to = total[m * step + v];
+      to = add ? to + sum[m][v] : sum[m][v];
+    }
+  }
 }
 
-// As tile_product for one row x [depth] and a block of weights that are not packed, each unit's
-// lying one after another (column == 1): for one or two rows, packing costs more than it saves.
-// `at` is where the stack entry's weights begin.
-template <class T>
-__attribute__((noinline)) void direct_product(const Weights& w, int64_t at, const Blocks& blocks,
-                                              int64_t block, const T* x, T* tile) {
+// As direct_sums, for weights whose units lie side by side (unit == 1).
+template <class T, int kRows>
+FN void direct_sums_beside(const Weights& w, int64_t from, int lanes, const T* x, int64_t ld,
+                           int64_t deep, Vec<T>* total, int step, bool add) {
+  using V = Vec<T>;
+  V sum[kRows];
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m) sum[m] = V(T(0));
+  for (int64_t k = 0; k < deep; ++k) {
+    const V units = load<T>(w.data, w.dtype, from + k * w.column, lanes);
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) sum[m] = fma(V(x[m * ld + k]), units, sum[m]);
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m) {
+    V& to = total[m * step];
+    to = add ? to + sum[m] : sum[m];
+  }
+}
+
+// direct_product of kRows rows.
+template <class T, int kRows>
+__attribute__((noinline)) void direct_rows(const Weights& w, int64_t at, const Blocks& blocks,
+                                           int64_t block, const T* x, int64_t ld, T* tile) {
   using V = Vec<T>;
   constexpr int kWidth = V::kWidth;
   const int vectors = blocks.depth_vectors(block) * w.gates;
+  const int64_t next = w.unit == 1 ? kBlockK * w.column : kBlockK;
   int64_t from[kMaxVectors];
   int lanes[kMaxVectors];
-  V total[kMaxVectors];
+  V total[kRows * kMaxVectors];
   for (int v = 0; v < vectors; ++v) {
     const int64_t u = blocks.first_unit(block) + v / w.gates * kWidth;
     from[v] = at + v % w.gates * w.gate + u * w.unit;
     lanes[v] = w.units - u < kWidth ? static_cast<int>(w.units - u) : kWidth;
-    total[v] = V(T(0));
   }
+  for (int i = 0; i < kRows * vectors; ++i) total[i] = V(T(0));
   for (int64_t k = 0; k < w.depth; k += kBlockK) {
     const int64_t deep = w.depth - k < kBlockK ? w.depth - k : kBlockK;
-    switch (vectors) {
-      case 4:
-        direct_sums<T, 4>(w, from, lanes, x + k, deep, total, k > 0);
-        break;
-      case 3:
-        direct_sums<T, 3>(w, from, lanes, x + k, deep, total, k > 0);
-        break;
-      default:
-        for (int v = 0; v < vectors; ++v) {
-          direct_sums<T, 1>(w, from + v, lanes + v, x + k, deep, total + v, k > 0);
-        }
+    if (w.unit == 1) {
+      for (int v = 0; v < vectors; ++v) {
+        direct_sums_beside<T, kRows>(w, from[v], lanes[v], x + k, ld, deep, total + v, vectors,
+                                     k > 0);
+      }
+    } else if (kRows == 1 && vectors == 4) {
+      direct_sums<T, kRows, kRows == 1 ? 4 : 1>(w, from, lanes, x + k, ld, deep, total, vectors,
+                                                k > 0);
+    } else if (kRows == 1 && vectors == 3) {
+      direct_sums<T, kRows, kRows == 1 ? 3 : 1>(w, from, lanes, x + k, ld, deep, total, vectors,
+                                                k > 0);
+    } else {
+      for (int v = 0; v < vectors; ++v) {
+        direct_sums<T, kRows, 1>(w, from + v, lanes + v, x + k, ld, deep, total + v, vectors,
+                                 k > 0);
+      }
     }
-    for (int v = 0; v < vectors; ++v) from[v] += kBlockK;
+    for (int v = 0; v < vectors; ++v) from[v] += next;
   }
-  for (int v = 0; v < vectors; ++v) total[v].store(tile + v * kWidth);
+  for (int i = 0; i < kRows * vectors; ++i) total[i].store(tile + i * kWidth);
+}
+
+template <class T, int kRows = kDirectRows>
+FN void direct_rows_of(int rows, const Weights& w, int64_t at, const Blocks& blocks, int64_t block,
+                       const T* x, int64_t ld, T* tile) {
+  if constexpr (kRows > 0) {
+    if (rows == kRows) return direct_rows<T, kRows>(w, at, blocks, block, x, ld, tile);
+    direct_rows_of<T, kRows - 1>(rows, w, at, blocks, block, x, ld, tile);
+  }
+}
+
+// As tile_product for up to kDirectRows rows x [rows, depth], `ld` apart, and a block of weights
+// that are not packed, whose units lie one after another (column == 1) or side by side (unit == 1):
+// packing what is used once costs more than it saves. `at` is where the stack entry's weights
+// begin.
+template <class T>
+void direct_product(int rows, const Weights& w, int64_t at, const Blocks& blocks, int64_t block,
+                    const T* x, int64_t ld, T* tile) {
+  direct_rows_of<T>(rows, w, at, blocks, block, x, ld, tile);
 }
 
 // The panel of one block; `at` is where the stack entry's weights begin.

@@ -38,6 +38,10 @@ struct GruForwardScan : ForwardScan<T> {
     }
   }
 
+  FN void ahead(int number, int64_t t, int64_t s, int64_t b, int64_t u, int64_t units) const {
+    if (number == 0) ask_for(p.gates_x, t, b, s, u, units, 3, layer.hidden);
+  }
+
   FN void keep(int64_t t, int64_t s, int64_t b, int64_t u, int n, int gate, V value) const {
     if (p.gates.data == nullptr) return;
     Row(p.gates, t, b, s).template store<T>(gate * layer.hidden + u, n, value);
@@ -129,6 +133,13 @@ struct GruBackwardScan : BackwardScan<T> {
       p.reset_after ? after(i, t, s, b, u, n, over, cut, dh)
                     : before(i, t, s, b, u, n, over, cut, dh);
     }
+  }
+
+  FN void ahead(int number, int64_t t, int64_t s, int64_t b, int64_t u, int64_t units) const {
+    if (number != 0) return;
+    ask_for(p.dy, t, b, s, u, units, 1, 0);
+    ask_for(p.gates, t, b, s, u, units, p.reset_after ? 4 : 3, layer.hidden);
+    ask_for(p.y, this->step_before(t, s), b, s, u, units, 1, 0);
   }
 
   FN V gate(int64_t t, int64_t s, int64_t b, int64_t u, int n, int number) const {

@@ -30,6 +30,9 @@ struct LstmForwardScan : ForwardScan<T> {
     Base::start(s, b);
     this->start_state(c.row(s, b), p.c0, s, b, layer.hidden);
   }
+  FN void ahead(int number, int64_t t, int64_t s, int64_t b, int64_t u, int64_t units) const {
+    if (number == 0) ask_for(p.gates_x, t, b, s, u, units, 4, layer.hidden);
+  }
 
   void rows(int number, int64_t i, int64_t t, int64_t s, int64_t b, int64_t u, int vectors,
             const T* sums) const {
@@ -106,6 +109,14 @@ struct LstmBackwardScan : BackwardScan<T> {
   void start(int64_t s, int64_t b) const {
     Base::start(s, b);
     this->start_state(dc.row(s, b), p.dc_n, s, b, layer.hidden);
+  }
+  FN void ahead(int number, int64_t t, int64_t s, int64_t b, int64_t u, int64_t units) const {
+    if (number == 0) ask_for(p.dy, t, b, s, u, units, 1, 0);
+    if (projected && number == 0) return;
+    ask_for(p.gates, t, b, s, u, units, 4, layer.hidden);
+    ask_for(p.cells, t, b, s, u, units, 1, 0);
+    ask_for(p.cells, this->step_before(t, s), b, s, u, units, 1, 0);
+    ask_for(p.dcells, t, b, s, u, units, 1, 0);
   }
   void end(int64_t s, int64_t b) const {
     const T* from = dc.row(s, b);

@@ -25,7 +25,8 @@ class Product {
     const double rate = bytes < 0.75 * l2_bytes() ? kCacheBytesPerSecond : kMemoryBytesPerSecond;
     threaded_ = threads > 1 && (flops > kFlopsPerSecond<T> * kSecondsWorthThreads ||
                                 bytes > rate * kSecondsWorthThreads);
-    if (p_.m <= kDirectRows && p_.b.row == 1 && !packs_a_) return directly();
+    const bool lies = p_.b.row == 1 || p_.b.column == 1;
+    if (p_.m <= kDirectRows && lies && !packs_a_) return directly();
     const int64_t chunk = p_.k < kChunkK ? p_.k : kChunkK;
     Workspace<T> memory;
     panels_ = memory.take(chunk * blocks_.row_elements());
@@ -45,17 +46,16 @@ class Product {
   static constexpr int kRows = kTileRows[kMaxVectors];
   static constexpr int64_t kGroupTiles = kGroupRows / kRows;
 
-  // For one or two rows, of weights that lie along k as they are.
+  // For few rows, by a right operand as it lies.
   void directly() const {
     parallel(p_.n * blocks_.count, threaded_, [&](int64_t task) {
       const int64_t n = task / blocks_.count, block = task % blocks_.count;
-      const Weights b{p_.b.data, p_.b.dtype, 1, p_.l, p_.k, 0, p_.b.column, 1};
-      for (int64_t m = 0; m < p_.m; ++m) {
-        alignas(64) T sums[kMaxVectors * Vec<T>::kWidth];
-        const T* a = static_cast<const T*>(p_.a.data) + n * p_.a.batch + m * p_.a.row;
-        direct_product<T>(b, n * p_.b.batch, blocks_, block, a, sums);
-        leave(n, m, block, 1, sums, true);
-      }
+      const Weights b{p_.b.data, p_.b.dtype, 1, p_.l, p_.k, 0, p_.b.column, p_.b.row};
+      alignas(64) T sums[kDirectRows * kMaxVectors * Vec<T>::kWidth];
+      const T* a = static_cast<const T*>(p_.a.data) + n * p_.a.batch;
+      const int rows = static_cast<int>(p_.m);
+      direct_product<T>(rows, b, n * p_.b.batch, blocks_, block, a, p_.a.row, sums);
+      leave(n, 0, block, rows, sums, true);
     });
   }
 

@@ -14,6 +14,10 @@ struct RnnForwardScan : ForwardScan<T> {
                               p.w_hh.row, 1, this->h, true);
   }
 
+  FN void ahead(int, int64_t t, int64_t s, int64_t b, int64_t u, int64_t units) const {
+    ask_for(p.gates_x, t, b, s, u, units, 1, 0);
+  }
+
   void rows(int, int64_t i, int64_t t, int64_t s, int64_t b, int64_t u, int vectors,
             const T* sums) const {
     const bool over = ended(layer, t, b), cut = !over && this->cut_after(t, s, b);
@@ -40,6 +44,11 @@ struct RnnBackwardScan : BackwardScan<T> {
       : Base(memory, q.layer, q.layer.hidden, q.dy, q.dh_n, q.dh0), p(q) {
     this->phase[0] = Phase<T>(memory, layer, p.w_hh, 0, 1, layer.hidden, layer.hidden, 0, 1,
                               p.w_hh.row, this->operand, true);
+  }
+
+  FN void ahead(int, int64_t t, int64_t s, int64_t b, int64_t u, int64_t units) const {
+    ask_for(p.dy, t, b, s, u, units, 1, 0);
+    ask_for(p.y, t, b, s, u, units, 1, 0);
   }
 
   void rows(int, int64_t i, int64_t t, int64_t s, int64_t b, int64_t u, int vectors,

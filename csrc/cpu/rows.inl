@@ -63,6 +63,19 @@ struct Row {
   }
 };
 
+// Asks for the values of units [u, u + vectors * width) of `parts` gates of a row: memory is slower
+// than the product that comes before they are used.
+FN void ask_for(const Rows& rows, int64_t t, int64_t b, int64_t s, int64_t u, int64_t units,
+                int parts, int64_t hidden) {
+  if (rows.data == nullptr) return;
+  const int64_t size = size_of(rows.dtype);
+  const char* at = static_cast<const char*>(rows.data) +
+                   (t * rows.step + b * rows.row + s * rows.entry + u) * size;
+  for (int part = 0; part < parts; ++part, at += hidden * size) {
+    for (int64_t byte = 0; byte < units * size; byte += 64) __builtin_prefetch(at + byte, 0, 2);
+  }
+}
+
 // target[0, n) = source[0, n), or zeros where the source is absent.
 template <class T>
 void copy_row(const Row& target, const Row& source, int64_t n) {

@@ -158,13 +158,43 @@ void meet(Meeting& meeting, uint64_t arrived) {
   spin([&] { return count.load(std::memory_order_acquire) >= arrived; });
 }
 
+namespace {
+
+// The largest workspace of late, kept for the next call: fresh memory costs a page fault and a
+// clearing every 4 KiB, some 0.3 us, more than the scan of a small layer takes to fill them.
+constexpr size_t kSmallest = size_t{1} << 17, kLargest = size_t{1} << 26;
+std::atomic<void*> kept_workspace{nullptr};
+
+// Its size is in front of a workspace, in a cache line of its own.
+size_t& size_of_workspace(void* memory) {
+  return *reinterpret_cast<size_t*>(static_cast<char*>(memory) - 64);
+}
+void release(void* memory) {
+  if (memory != nullptr) std::free(static_cast<char*>(memory) - 64);
+}
+
+}  // namespace
+
 void* allocate_workspace(size_t bytes) {
-  void* memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
-  if (memory == nullptr) throw std::bad_alloc();
+  bytes = (bytes + 63) / 64 * 64;
+  if (bytes >= kSmallest) {
+    void* kept = kept_workspace.exchange(nullptr);
+    if (kept != nullptr && size_of_workspace(kept) >= bytes) return kept;
+    release(kept);
+  }
+  void* start = std::aligned_alloc(64, bytes + 64);
+  if (start == nullptr) throw std::bad_alloc();
+  void* memory = static_cast<char*>(start) + 64;
+  size_of_workspace(memory) = bytes;
   return memory;
 }
 
-void free_workspace(void* memory) { std::free(memory); }
+void free_workspace(void* memory) {
+  if (memory == nullptr) return;
+  const size_t bytes = size_of_workspace(memory);
+  if (bytes >= kSmallest && bytes <= kLargest) memory = kept_workspace.exchange(memory);
+  release(memory);
+}
 
 int64_t l2_bytes() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)

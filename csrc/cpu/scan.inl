@@ -79,8 +79,6 @@ constexpr double kGateSeconds = 2.5e-9 * 16 / Vec<float>::kWidth;  // of a unit 
 constexpr double kSecondsPerRegion = 5e-6;   // to start and join PyTorch's threads
 constexpr double kSecondsPerMeeting = 3e-7;  // of threads that wait for one another
 constexpr double kSecondsWorthThreads = 2e-5;
-// Up to so many rows, weights used once are not packed first.
-constexpr int64_t kDirectRows = 2;
 
 template <class Function>
 void parallel(int64_t count, bool threads, const Function& function) {
@@ -93,8 +91,13 @@ void parallel(int64_t count, bool threads, const Function& function) {
       const_cast<Function*>(&function));
 }
 
+FN int lanes_at(int64_t units, int64_t u, int width) {
+  return units - u < width ? static_cast<int>(units - u) : width;
+}
+
 // Runs a scan: Scan has layer, phases, phase[], kBackward, and for one row b of entry s
 //   start(s, b)                                  before the first step
+//   ahead(phase, t, s, b, u, units)              asks for what rows() will read from memory
 //   rows(phase, i, t, s, b, u, vectors, tile)    epilogue of units [u, ...) of the i-th step, at t
 //   finish(s, b, u, vectors, tile)               backward: units of phase 0 after the last step
 //   end(s, b)                                    after all
@@ -104,7 +107,7 @@ class Runner {
   explicit Runner(const Scan& scan)
       : scan_(scan),
         layer_(scan.layer),
-        direct_(!Scan::kBackward && layer_.steps == 1 && layer_.batch <= kDirectRows) {}
+        direct_(layer_.steps == 1 && layer_.batch <= kDirectRows && along_or_beside()) {}
 
   void run() {
     if (layer_.batch == 0 || layer_.stack == 0) return;
@@ -168,6 +171,14 @@ class Runner {
                  traffic = bytes / rate;
     const double gates = rows * layer_.hidden * kGateSeconds * (sizeof(T) / 4) / slices;
     return (compute > traffic ? compute : traffic) + gates;
+  }
+
+  bool along_or_beside() const {
+    for (int p = 0; p < scan_.phases; ++p) {
+      const Weights& w = scan_.phase[p].weights;
+      if (w.unit != 1 && w.column != 1) return false;
+    }
+    return true;
   }
 
   // What one of so many threads does, all of which run at the same time.
@@ -271,6 +282,11 @@ class Runner {
     const bool finishing = i == layer_.steps;
     const int64_t t = finishing ? 0 : step_at(i, s);
     alignas(64) T sums[kGroupRows * kMaxVectors * Vec<T>::kWidth];
+    if (!finishing) {
+      for (int64_t b = from; b < to; ++b) {
+        scan_.ahead(p, t, s, b, u, lanes_at(layer_.hidden, u, units * Vec<T>::kWidth));
+      }
+    }
     if (Scan::kBackward && p == 0 && i == 0) {
       for (int64_t e = 0; e < (to - from) * width; ++e) sums[e] = T(0);
     } else {
@@ -295,10 +311,9 @@ class Runner {
     const int64_t depth = phase.weights.depth, ld = phase.operand.ld;
     const T* operand = phase.operand.row(s, from, phase.alternating ? i & 1 : 0);
     if (direct_) {
-      for (int64_t b = from; b < to; ++b, operand += ld, sums += width) {
-        direct_product<T>(phase.weights, s * phase.entry, phase.blocks, block, operand, sums);
-      }
-      return;
+      const int rows = static_cast<int>(to - from);
+      return direct_product<T>(rows, phase.weights, s * phase.entry, phase.blocks, block, operand,
+                               ld, sums);
     }
     // Tiles as even as can be: a remainder of one row would run at a fraction of the speed.
     const int64_t count = (to - from + kTileRows[vectors] - 1) / kTileRows[vectors];
@@ -334,10 +349,6 @@ class Runner {
 template <class T, class Scan>
 void run_scan(const Scan& scan) {
   Runner<T, Scan>(scan).run();
-}
-
-FN int lanes_at(int64_t units, int64_t u, int width) {
-  return units - u < width ? static_cast<int>(units - u) : width;
 }
 
 // What the forward scans share: the hidden state, its output and its final value.
@@ -441,6 +452,11 @@ struct BackwardScan {
       const int n = lanes_at(layer.out, u, kWidth);
       Row(dh0, 0, b, s).store<T>(u, n, V::load(carried.row(s, b) + u, n) + V::load(sums));
     }
+  }
+  // The step whose state entered step t, if any did.
+  FN int64_t step_before(int64_t t, int64_t s) const {
+    const int64_t at = reverse(s) ? t + 1 : t - 1;
+    return at < 0 || at >= layer.steps ? t : at;
   }
   // The state that entered step t: a step's value, the initial one, or absent (zero).
   FN Row entering(const Rows& states, const Rows& initial, int64_t t, int64_t s, int64_t b) const {

@@ -96,6 +96,9 @@ FN VecD copysign(VecD x, VecD sign) {
   return _mm256_or_pd(_mm256_andnot_pd(bit, x.v), _mm256_and_pd(bit, sign.v));
 }
 
+FN VecF reciprocal(VecF x) { return VecF(1.0f) / x; }
+FN VecD reciprocal(VecD x) { return VecD(1.0) / x; }
+
 // To the nearest whole number.
 FN VecF round(VecF x) {
   return _mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

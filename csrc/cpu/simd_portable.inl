@@ -120,6 +120,11 @@ FN Vec<T> copysign(Vec<T> x, Vec<T> sign) {
                              ((typename V::Bits)sign.v & VecOf<T>::kSign));
 }
 
+template <class T>
+FN Vec<T> reciprocal(Vec<T> x) {
+  return Vec<T>(T(1)) / x;
+}
+
 // To the nearest whole number, for |x| far below 2^22 (2^51).
 template <class T>
 FN Vec<T> round(Vec<T> x) {

@@ -65,7 +65,7 @@ template <class T>
 FN Vec<T> sigmoid(Vec<T> x) {
   const Vec<T> zero(T(0)), one(T(1));
   const Vec<T> e = exp_clamped(at_least(zero - abs(x), exp_low(x)));
-  const Vec<T> s = one / (one + e);
+  const Vec<T> s = reciprocal(one + e);
   return if_less(x, zero, e * s, s);
 }
 
@@ -74,7 +74,7 @@ template <class T>
 FN Vec<T> tanh(Vec<T> x) {
   const Vec<T> one(T(1)), two(T(2)), size = abs(x);
   const Vec<T> e = exp_clamped(at_most(size * two, tanh_high(x)));
-  const Vec<T> large = one - two / (e + one);
+  const Vec<T> large = one - two * reciprocal(e + one);
   const Vec<T> z = x * x;
   const Vec<T> small = fma(x * z, tanh_small(z), x);
   return if_less(size, Vec<T>(T(0.625)), small, copysign(large, x));
