@@ -443,6 +443,26 @@ class Scan(torch.autograd.Function):
         return (None, *(next(found) if needed else None for needed in wanted), None)
 
 
+class EagerScan(torch.autograd.Function):
+    """``Scan`` where no transform and no compiler looks on: one whose forward has the context itself
+    is called without its signature being looked up each time, a tenth of a small layer's time."""
+
+    @staticmethod
+    def forward(ctx, spec, *tensors):
+        outputs = Scan.forward(spec, *tensors)
+        Scan.setup_context(ctx, (spec, *tensors), outputs)
+        return outputs
+
+    backward = staticmethod(Scan.backward)
+
+
+def scan_function():
+    """The Function by which a layer is to be called now."""
+    if forward_mode():
+        return ForwardModeScan
+    return Scan if torch.compiler.is_compiling() or transformed() else EagerScan
+
+
 class LibraryLayer(torch.autograd.Function):
     """A layer by torch.nn's own path, with a backward that can itself be differentiated, which the
     library's cannot: apply(spec, run, *LayerInputs) -> the outputs of run(LayerInputs)."""

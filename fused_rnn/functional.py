@@ -340,8 +340,7 @@ def _run_layer(
     if name == "reference":
         outputs = autograd.reference_forward(spec, inputs)
     elif _needs_gradient(inputs):
-        function = autograd.ForwardModeScan if autograd.forward_mode() else autograd.Scan
-        outputs = function.apply(spec, *inputs)
+        outputs = autograd.scan_function().apply(spec, *inputs)
     else:
         spec = spec._replace(keep_gates=False)
         outputs = autograd.forward(spec, inputs, training=return_cells)
