@@ -1,6 +1,8 @@
 """The registry of cases: shapes named after what people use a recurrent layer for."""
 
 import difflib
+import math
+import random
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -212,4 +214,47 @@ def select(
             for dtype, cell, mode in product(dtypes, run_cells, resized.modes):
                 if (not cells or cell in cells) and (not modes or mode in modes):
                     jobs.append(Job(resized, cell, mode, dtype))
+    return jobs
+
+
+SWEEP = "sweep"
+SWEEP_OPERATIONS = 5e9  # of a forward pass, at most: a tenth of a second and less
+
+
+def weights(case, cell):
+    """Values of all weight matrices of a case's model."""
+    directions, state = 2 if case.bidirectional else 1, case.proj or case.H
+    count = 0
+    for layer in range(case.layers):
+        inputs = case.I if layer == 0 else directions * state
+        count += directions * (GATES[cell] * case.H * (inputs + state) + case.proj * case.H)
+    return count
+
+
+def operations(case, cell):
+    """Of a forward pass whose rows are as long as T: two for every weight, step and row."""
+    return 2 * weights(case, cell) * case.T * case.B
+
+
+def sweep(count, seed, *, cells=(), modes=(), dtypes=("float32",)):
+    """Jobs of random sizes and options, for finding shapes that nobody thought of: each size is
+    drawn evenly on a log scale, as far as the operations of a call allow."""
+    cells, modes = choose("cell", cells, CELLS) or CELLS, choose("mode", modes, MODES) or MODES
+    draw = random.Random(seed)
+
+    def size(most):
+        return round(math.exp(draw.uniform(0, math.log(most))))
+
+    jobs = []
+    while len(jobs) < count:
+        T, B, I, H = size(1000), size(256), size(1024), size(1024)
+        both, layers = draw.random() < 0.25, draw.choice((1, 1, 1, 2, 3))
+        ragged = 0.1 if draw.random() < 0.2 and min(T, B) > 1 else None
+        cell, mode, dtype = draw.choice(cells), draw.choice(modes), draw.choice(dtypes)
+        variant = f"{len(jobs) + 1}_t{T}_b{B}_i{I}_h{H}" + f"_l{layers}" * (layers > 1)
+        variant += "_both" * both + "_ragged" * bool(ragged)
+        case = Case(SWEEP, variant, T, B, I, H, cells=(cell,), modes=(mode,), layers=layers,
+                    bidirectional=both, min_length=ragged)  # fmt: skip
+        if operations(case, cell) <= SWEEP_OPERATIONS:
+            jobs.append(Job(case, cell, mode, dtype))
     return jobs

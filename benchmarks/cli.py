@@ -7,7 +7,7 @@ import sys
 import torch
 
 from benchmarks import compare, plot, providers, report
-from benchmarks.cases import CASES, CELLS, MODES, UnknownName, choose, select
+from benchmarks.cases import CASES, CELLS, MODES, SWEEP, UnknownName, choose, select, sweep
 from benchmarks.problem import DTYPES
 from benchmarks.progress import Progress
 from benchmarks.session import FAILURES, run
@@ -21,6 +21,7 @@ examples:
   python -m benchmarks streaming tagging/h256           a use (all its quick cases), or one case
   python -m benchmarks speech/h256 --cells gru -T 100,500 -H 128
   python -m benchmarks --providers torch,ours:all       every available backend by itself
+  python -m benchmarks --sweep 200 --seed 1             random shapes, to find slow ones
   python -m benchmarks compare before.json after.json   has it become faster?
 
 exit status: 0; 1 where a provider was WRONG or raised; 2 where the command line makes no sense
@@ -67,6 +68,8 @@ def make_parser():
     for axis, meaning in zip("TBIH", ("steps", "rows", "input size", "hidden size"), strict=True):
         about = f"{meaning}, in place of the case's own"
         add(f"-{axis}", type=_sizes, default=[], metavar="N,N", help=about)
+    add("--sweep", type=int, metavar="N", help="N random shapes instead of cases")
+    add("--seed", type=int, default=0, metavar="N", help="of the random shapes; default 0")
     add("--providers", type=_names, default=[], metavar="NAMES",
         help=f"default {','.join(providers.DEFAULT)}; ours:all: each backend")  # fmt: skip
     add("--device", type=_device, default="cpu", help="cpu (default) or cuda")
@@ -120,7 +123,8 @@ def write(result, out):
     report.write_json(result, out / "results.json")
     written, notes = ["results.csv", "results.json"], []
     try:
-        if plot.draw(result, out / "ratios.png"):
+        swept = all(row["case"].startswith(f"{SWEEP}/") for row in result["rows"])
+        if (plot.draw_sweep if swept else plot.draw)(result, out / "ratios.png"):
             written.append("ratios.png")
     except plot.PlotUnavailable as missing:
         notes.append(f"note: {missing}")
@@ -128,15 +132,21 @@ def write(result, out):
 
 
 def benchmark(options):
-    jobs = select(
-        options.cases,
-        full=options.full,
-        cells=options.cells,
-        modes=options.modes,
-        dtypes=choose("dtype", options.dtypes, DTYPES),
-        sizes={axis: getattr(options, axis) for axis in "TBIH"},
-        device=torch.device(options.device).type,
-    )
+    which = {
+        "cells": options.cells,
+        "modes": options.modes,
+        "dtypes": choose("dtype", options.dtypes, DTYPES),
+    }
+    sizes = {axis: getattr(options, axis) for axis in "TBIH"}
+    if options.sweep is not None:
+        if options.sweep < 1:
+            raise UnknownName("--sweep must be positive")
+        if options.cases or options.full or any(sizes.values()):
+            raise UnknownName("--sweep draws its own shapes: no cases, --full or sizes with it")
+        jobs = sweep(options.sweep, options.seed, **which)
+    else:
+        device = torch.device(options.device).type
+        jobs = select(options.cases, full=options.full, sizes=sizes, device=device, **which)
     if not jobs:
         raise UnknownName("no case has these cells and modes; see --list")
     if options.device.startswith("cuda") and not torch.cuda.is_available():

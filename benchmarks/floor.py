@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from benchmarks.cases import GATES
+from benchmarks.cases import GATES, weights
 from benchmarks.timing import SETTLE_S, clock_for, threads
 
 MEASURE_S = 0.03
@@ -21,15 +21,9 @@ MM_ROWS = (256, 2048)
 
 def operations(problem):
     """Floating point operations of a call: two for every weight and every step of every row."""
-    case, cell = problem.job.case, problem.job.cell
-    directions = 2 if case.bidirectional else 1
-    state = case.proj or case.H
-    weights = 0
-    for layer in range(case.layers):
-        inputs = case.I if layer == 0 else directions * state
-        weights += directions * (GATES[cell] * case.H * (inputs + state) + case.proj * case.H)
     # Backward multiplies twice: once for the gradient of the input, once for that of the weights.
-    return 2 * weights * problem.rows * (3 if problem.training else 1)
+    times = 3 if problem.training else 1
+    return 2 * weights(problem.job.case, problem.job.cell) * problem.rows * times
 
 
 def weight_bytes(problem):

@@ -98,6 +98,53 @@ def _legend(figure, pyplot, cells, with_ort):
     figure.legend(handles=handles, loc="outside lower center", ncol=len(handles), frameon=False)
 
 
+def _title(result, provider):
+    meta = result["meta"]
+    place = meta["cpu"] if meta["device"] == "cpu" else meta["device"]
+    conditions = f"{meta['instruction_set']}, {meta['threads']} threads, torch {meta['torch']}"
+    if meta.get("warning"):
+        conditions += "  --  MEASURED ON A BUSY MACHINE"
+    return f"{provider.replace('ours', 'fused_rnn')} against torch.nn\n{place}, {conditions}"
+
+
+def draw_sweep(result, path):
+    """Write the picture of a sweep, ratio against operations, a panel a mode; False where nothing
+    has a ratio."""
+    pyplot = _pyplot()
+    provider = (ours_of(result) or [""])[0]
+    rows = [r for r in result["rows"] if r["provider"] == provider and r["ratio"]]
+    modes = [m for m in ("inference", "training") if any(row["mode"] == m for row in rows)]
+    if not modes:
+        return False
+    figure, axes = pyplot.subplots(
+        1,
+        len(modes),
+        figsize=(1.2 + 5.6 * len(modes), 5),
+        layout="constrained",
+        squeeze=False,
+        sharey=True,
+    )
+    for mode, one in zip(modes, axes[0], strict=True):
+        ours = [row for row in rows if row["mode"] == mode]
+        for cell, colour in COLOURS.items():
+            of_cell = [row for row in ours if row["cell"] == cell]
+            x, y = [row["operations"] for row in of_cell], [row["ratio"] for row in of_cell]
+            one.scatter(x, y, color=colour, s=18, label=cell, zorder=2)
+        one.set_xscale("log")
+        one.set_yscale("log")
+        one.axhline(1, color="black", lw=1.2, zorder=1)
+        mean = geometric_mean([row["ratio"] for row in ours])
+        one.set_title(f"{mode}: geometric mean {mean:.2f}", fontsize=11, loc="left", weight="bold")
+        one.set_xlabel("operations of a forward pass")
+        one.grid(color="#dddddd", lw=0.7, zorder=0)
+    axes[0][0].set_ylabel("times as fast as torch.nn")
+    axes[0][0].legend(frameon=False)
+    figure.suptitle(_title(result, provider), fontsize=11)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return True
+
+
 def draw(result, path):
     """Write the picture of the first fused_rnn provider; False where nothing has a ratio."""
     pyplot = _pyplot()
@@ -121,13 +168,7 @@ def draw(result, path):
     )
     for mode, one in zip(modes, axes[0], strict=True):
         _panel(one, panels[mode], mode, provider, limits, tallest)
-    meta = result["meta"]
-    place = meta["cpu"] if meta["device"] == "cpu" else meta["device"]
-    conditions = f"{meta['instruction_set']}, {meta['threads']} threads, torch {meta['torch']}"
-    if meta.get("warning"):
-        conditions += "  --  MEASURED ON A BUSY MACHINE"
-    name = provider.replace("ours", "fused_rnn")
-    figure.suptitle(f"{name} against torch.nn\n{place}, {conditions}", fontsize=11)
+    figure.suptitle(_title(result, provider), fontsize=11)
     cells = [cell for cell in COLOURS if any(row["cell"] == cell for row in rows)]
     _legend(figure, pyplot, cells, bool(orts) and provider != "onnxruntime")
     figure.savefig(path, dpi=130)

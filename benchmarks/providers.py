@@ -187,7 +187,8 @@ class OursProvider:
             return f"auto:{said.splitlines()[0].rpartition(': ')[2].split()[0]}"
         with _choices() as names:
             runner.results()
-        return f"auto:{'+'.join(dict.fromkeys(names))}"
+        # (None where the whole model was one operator, which the CPU alone has.)
+        return f"auto:{'+'.join(dict.fromkeys(names or ['cpu']))}"
 
     def refuses(self, error):
         """Whether an exception says that the backend does not take such a call."""

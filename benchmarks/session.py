@@ -5,6 +5,7 @@ import time
 import torch
 
 from benchmarks import machine
+from benchmarks.cases import operations
 from benchmarks.floor import floor_s
 from benchmarks.gate import Gate
 from benchmarks.problem import make_problem
@@ -43,6 +44,7 @@ def blank_row(job, provider, metadata):
         "min_length": case.min_length,
         "reset_rate": case.reset_rate,
         "dtype": job.dtype,
+        "operations": operations(case, job.cell),
         "median_us_per_step": None,
         "q25": None,
         "q75": None,

@@ -444,8 +444,8 @@ class Scan(torch.autograd.Function):
 
 
 class EagerScan(torch.autograd.Function):
-    """``Scan`` where no transform and no compiler looks on: one whose forward has the context itself
-    is called without its signature being looked up each time, a tenth of a small layer's time."""
+    """``Scan`` where no transform and no compiler looks on: a Function whose forward has the
+    context is called without its signature being looked up, a tenth of a small layer's time."""
 
     @staticmethod
     def forward(ctx, spec, *tensors):

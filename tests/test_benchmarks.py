@@ -454,8 +454,10 @@ def test_the_automatic_choice_is_named_by_what_ran(monkeypatch):
 
     choices = iter(["reference", "cpu"])
     monkeypatch.setattr(backends, "choose", lambda *_: next(choices, "cpu"))
-    runner = providers.OursProvider().prepare(make_problem(tiny(layers=2)))
+    runner = providers.OursProvider().prepare(make_problem(tiny(mode="training", layers=2)))
     assert runner.backend == "auto:reference+cpu"
+    runner = providers.OursProvider().prepare(make_problem(tiny(mode="inference", layers=2)))
+    assert runner.backend == "auto:cpu"
 
 
 def test_compare_of_two_files(results, capsys):
@@ -510,3 +512,28 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere():
         said = stream.getvalue()
         assert "first" in said and "remark\n" in said
         assert ("\r" in said) == stream.isatty()
+
+
+# The sweep.
+
+
+def test_a_sweep_is_the_same_for_a_seed_and_within_bounds():
+    sweep = cases.sweep
+    jobs = sweep(200, 3)
+    assert jobs == sweep(200, 3) != sweep(200, 4)
+    assert len({job.key for job in jobs}) == 200
+    assert {job.cell for job in jobs} == set(cases.CELLS)
+    assert {job.mode for job in jobs} == set(cases.MODES)
+    for job in jobs:
+        assert 0 < cases.operations(job.case, job.cell) <= cases.SWEEP_OPERATIONS
+    assert {job.cell for job in sweep(20, 0, cells=["gru"])} == {"GRU"}
+
+
+def test_a_sweep_leaves_a_picture(tmp_path, capsys):
+    arguments = ["--sweep", "3", "--seed", "1", "--budget", "0.01", "--out", str(tmp_path)]
+    assert main([*arguments, "--providers", "torch,ours", "-T", "3"]) == 2
+    assert "draws its own shapes" in capsys.readouterr().err
+    assert main(["--sweep", "0"]) == 2
+    assert main([*arguments, "--providers", "torch,ours"]) == 0
+    assert "sweep/1_t" in capsys.readouterr().out
+    assert (tmp_path / "ratios.png").read_bytes()[:4] == b"\x89PNG"
