@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn import ops, reference
+from fused_rnn.ops import CELLS
 from fused_rnn.reference import ENDED, RESET
 
 
@@ -99,9 +100,38 @@ def project(spec: LayerSpec, x: Tensor, w_ih: Tensor | None, bias: Tensor | None
 def forward(spec: LayerSpec, inputs: LayerInputs, training: bool) -> tuple[Tensor, ...]:
     """Run a layer: (y, h_n, c_n, cells, gates) for the LSTM, (y, h_n, gates) for the GRU,
     (y, h_n) for the RNN; without cells and gates when not ``training``."""
+    if training and _is_whole(spec, inputs):
+        x, w_ih, w_hh, b_ih, b_hh, _, h0, c0, _ = inputs
+        y, h_n, c_n, cells, gates = _cpu_layer_forward(
+            x, w_ih, w_hh, b_ih, b_hh, h0, c0, spec.reverse, CELLS.index(spec.cell), spec.relu
+        )
+        return {"lstm": (y, h_n, c_n, cells, gates), "gru": (y, h_n, gates), "rnn": (y, h_n)}[
+            spec.cell
+        ]
     bias, b_hn = fold_bias(spec, inputs.b_ih, inputs.b_hh, inputs.w_hh.shape[2])
     gates_x = project(spec, inputs.x, inputs.w_ih, bias)
     return forward_scan(spec, gates_x, b_hn, inputs, training)
+
+
+_cpu_layer_forward = torch.ops.fused_rnn.cpu_layer_forward.default
+_cpu_layer_backward = torch.ops.fused_rnn.cpu_layer_backward.default
+
+
+def _is_whole(spec: LayerSpec, inputs: LayerInputs) -> bool:
+    """Whether ``fused_rnn::cpu_layer_forward`` and its backward take the layer: a plain one, on the
+    CPU's kernels, that no transform, mode or compiler looks at."""
+    return (
+        spec.backend == "cpu"
+        and inputs.flags is None
+        and inputs.w_ih is not None
+        and inputs.w_hr is None
+        and spec.reset_after
+        and (spec.keep_gates or spec.cell == "rnn")
+        and inputs.h0.dtype == inputs.w_hh.dtype
+        and not torch.compiler.is_compiling()
+        and not transformed()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
 
 
 def forward_scan(
@@ -210,6 +240,8 @@ def backward(
     the LSTM, (y, gates) for the GRU and (y,) for the RNN.
     """
     want = LayerInputs(*wanted, False)
+    if _is_whole(spec, inputs):
+        return _whole_backward(spec, want, grads, inputs, tape)
     rebuild = spec.cell != "rnn" and not spec.keep_gates
     h_prev = None
     if want.w_hh or rebuild:
@@ -217,6 +249,35 @@ def backward(
     gates = _rebuild_gates(spec, inputs, h_prev) if rebuild else tape[-1]
     found = backward_scan(spec, grads, inputs, (*tape[:-1], gates))
     return layer_gradients(spec, want, inputs, h_prev, (*tape[:-1], gates), found)
+
+
+def _whole_backward(spec, want: LayerInputs, grads, inputs: LayerInputs, tape) -> LayerInputs:
+    """``backward`` by one operator."""
+    lstm, gru = spec.cell == "lstm", spec.cell == "gru"
+    dy, dh_n, dc_n, dcells = grads if lstm else (*grads, None, None)
+    dx, dw_ih, dw_hh, db_ih, db_hn, dh0, dc0 = _cpu_layer_backward(
+        *(dy, dh_n, dc_n, dcells, inputs.x, inputs.w_ih, inputs.w_hh, inputs.h0, inputs.c0),
+        *(tape[0], tape[1] if lstm else None, None if spec.cell == "rnn" else tape[-1]),
+        *(spec.reverse, CELLS.index(spec.cell), spec.relu),
+        *(want.x, want.w_ih, want.w_hh, want.b_ih or want.b_hh),
+    )
+    db_hh = None
+    if want.b_hh and gru:
+        db_hh = torch.cat((db_ih[:, : 2 * inputs.w_hh.shape[2]], db_hn), 1)
+    elif want.b_hh:  # a tensor of its own: gradients are changed in place
+        db_hh = db_ih.clone() if want.b_ih else db_ih
+    found = LayerInputs(dx, dw_ih, dw_hh, db_ih, db_hh, None, dh0, dc0, None)
+    return _wanted(want, found, inputs)
+
+
+def _wanted(want: LayerInputs, found: LayerInputs, inputs: LayerInputs) -> LayerInputs:
+    """The gradients that are wanted, in the dtypes of what they are gradients of."""
+    return LayerInputs(
+        *(
+            grad.to(given.dtype) if needed and grad is not None else None
+            for grad, given, needed in zip(found, inputs, want, strict=True)
+        )
+    )
 
 
 class ScanGradients(NamedTuple):
@@ -312,13 +373,8 @@ def layer_gradients(
         o = gates[..., 3 * tape[1].shape[3] :]
         dw_hr = over_steps(dh, o * torch.tanh(tape[1]))
 
-    results = LayerInputs(dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dh0, dc0, None)
-    return LayerInputs(
-        *(
-            grad.to(given.dtype) if needed and grad is not None else None
-            for grad, given, needed in zip(results, inputs, want, strict=True)
-        )
-    )
+    found = LayerInputs(dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dh0, dc0, None)
+    return _wanted(want, found, inputs)
 
 
 def _substitute(run, inputs, places):

@@ -18,6 +18,12 @@ CELLS = ["lstm", "gru", "rnn"]
 cells = pytest.mark.parametrize("cell", CELLS)
 
 
+@pytest.fixture(autouse=True)
+def in_parts(monkeypatch):
+    """On a CPU a layer may be one operator, which adds up the biases' gradients in another order."""
+    monkeypatch.setattr(autograd, "_is_whole", lambda spec, inputs: False)
+
+
 @pytest.mark.parametrize("steps", range(1, 12))
 @pytest.mark.parametrize("layers", [1, 2, 3, 5])
 @pytest.mark.parametrize("chunk", [1, 2, 3, 4, 7, 20])

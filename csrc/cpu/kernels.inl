@@ -22,6 +22,7 @@ namespace {
 #include "gru.inl"
 #include "rnn.inl"
 #include "matmul.inl"
+#include "sums.inl"
 
 #define FUSED_RNN_BY_DTYPE(run, Params) \
   [](const Params& p, DType dtype) { dtype == DType::kFloat64 ? run<double>(p) : run<float>(p); }
@@ -38,6 +39,7 @@ const Kernels FUSED_RNN_TABLE = {
     FUSED_RNN_BY_DTYPE(FUSED_RNN_ISA::run_rnn_forward, RnnForward),
     FUSED_RNN_BY_DTYPE(FUSED_RNN_ISA::run_rnn_backward, RnnBackward),
     FUSED_RNN_BY_DTYPE(FUSED_RNN_ISA::run_matmul, Matmul),
+    FUSED_RNN_BY_DTYPE(FUSED_RNN_ISA::run_column_sums, ColumnSums),
 };
 
 }  // namespace fused_rnn::cpu

@@ -3,25 +3,13 @@
 // numbers are theirs; what it saves is what lies between them.
 #include <vector>
 
-#include "types.h"
-#include "waist/operators.h"
+#include "layer.h"
 
 namespace fused_rnn::cpu {
 namespace {
 
 constexpr int kMaxDirections = 2;
 constexpr uint8_t kReverse[kMaxDirections] = {0, 1};
-
-class Buffer {
- public:
-  explicit Buffer(int64_t bytes) : data_(allocate_workspace(static_cast<size_t>(bytes))) {}
-  Buffer(const Buffer&) = delete;
-  ~Buffer() { free_workspace(data_); }
-  void* at(int64_t bytes = 0) const { return static_cast<char*>(data_) + bytes; }
-
- private:
-  void* data_;
-};
 
 // The weights of one layer in one direction.
 struct Direction {
@@ -90,18 +78,10 @@ class Model {
     const Buffer gates(directions_ * steps_ * batch_ * rows() * size_of(acc_));
     const Buffer bias(directions_ * rows() * size_of(acc_));
     const Buffer between(layers_ > 1 ? sequence : 0), other(layers_ > 2 ? sequence : 0);
-    Tensor input = x_;
-    bool batch_first = false;
-    int64_t row = 0;
-    if (steps_ == 1 || batch_ == 1 || x_.stride(0) == batch_ * x_.stride(1)) {
-      row = batch_ == 1 ? x_.stride(0) : x_.stride(1);
-    } else if (x_.stride(1) == steps_ * x_.stride(0)) {
-      batch_first = true, row = x_.stride(0);
-    } else {
-      input = as_contiguous(x_), row = input.stride(1);
-    }
-    Matrix a{input.const_data_ptr(), io_, 0, row, input.stride(2)};
-    int64_t inputs = input.size(2);
+    const Sequence input(x_, io_, false);
+    Matrix a = input.matrix;
+    bool batch_first = input.batch_first;
+    int64_t inputs = x_.size(2);
     for (int64_t layer = 0; layer < layers_; ++layer) {
       void* to = layer + 1 == layers_ ? y.mutable_data_ptr()
                  : layer % 2          ? other.at()
@@ -129,43 +109,16 @@ class Model {
     return weights_[layer * directions_ + d];
   }
 
-  // target[0, n) = a + b in the arithmetic's dtype, as one matrix product would convert and add.
-  template <class T>
-  void add_biases(const Direction& d, T* target) const {
-    const auto value = [&](const Tensor& t, int64_t at) -> T {
-      const void* data = t.const_data_ptr();
-      if (io_ == DType::kFloat64 || io_ == DType::kFloat32) return static_cast<const T*>(data)[at];
-      return static_cast<T>(convert(data, at));
-    };
-    const int64_t folded = cell_ == 1 ? 2 * hidden_ : rows();  // the GRU's b_hn is in the scan
-    for (int64_t i = 0; i < rows(); ++i) {
-      target[i] = value(*d.b_ih, i) + (i < folded ? value(*d.b_hh, i) : T(0));
-    }
-  }
-  float convert(const void* data, int64_t at) const {
-    if (io_ == DType::kBFloat16) {
-      return static_cast<const torch::headeronly::BFloat16*>(data)[at];
-    }
-    return static_cast<const torch::headeronly::Half*>(data)[at];
-  }
-
   // gates[d] [T*B, G*H] = a W_ih^T + bias.
   void project(int64_t layer, const Matrix& a, int64_t inputs, const Buffer& gates,
                const Buffer& bias) const {
+    const int64_t all = steps_ * batch_, folded = cell_ == 1 ? 2 * hidden_ : rows();
+    const Projection projection{a, all, inputs, rows(), folded, io_, acc_};
     for (int64_t d = 0; d < directions_; ++d) {
       const Direction& w = direction(layer, d);
-      Matmul p;
-      p.n = 1, p.m = steps_ * batch_, p.k = inputs, p.l = rows();
-      p.a = a;
-      p.b = Matrix{w.w_ih.const_data_ptr(), io_, 0, 1, inputs};
-      if (w.b_ih) {
-        void* sums = bias.at(d * rows() * size_of(acc_));
-        acc_ == DType::kFloat64 ? add_biases(w, static_cast<double*>(sums))
-                                : add_biases(w, static_cast<float*>(sums));
-        p.bias = Matrix{sums, acc_, 0, 0, 1};
-      }
-      p.out = gates.at(d * p.m * p.l * size_of(acc_));
-      chosen_kernels().matmul(p, acc_);
+      projection.run(data_of(w.w_ih), w.b_ih ? data_of(*w.b_ih) : nullptr,
+                     w.b_hh ? data_of(*w.b_hh) : nullptr, bias.at(d * rows() * size_of(acc_)),
+                     gates.at(d * all * rows() * size_of(acc_)));
     }
   }
 

@@ -19,6 +19,14 @@ struct Matmul {
   void* out = nullptr;  // [N, M, L] contiguous, acc
 };
 
+// out[column] = the sum of a column of data [rows, columns], contiguous, all of the arithmetic's
+// dtype.
+struct ColumnSums {
+  const void* data = nullptr;
+  int64_t rows = 0, columns = 0;
+  void* out = nullptr;
+};
+
 // The kernels of one instruction set. dtype: the type of all arithmetic, kFloat32 or kFloat64.
 struct Kernels {
   void (*lstm_forward)(const LstmForward&, DType dtype);
@@ -28,6 +36,7 @@ struct Kernels {
   void (*rnn_forward)(const RnnForward&, DType dtype);
   void (*rnn_backward)(const RnnBackward&, DType dtype);
   void (*matmul)(const Matmul&, DType dtype);
+  void (*column_sums)(const ColumnSums&, DType dtype);
 };
 
 enum class Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };

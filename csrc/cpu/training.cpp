@@ -1,0 +1,253 @@
+// The operators fused_rnn::cpu_layer_forward and cpu_layer_backward: one layer of a training step
+// in one call each way, input projection and weight gradients included. They run the kernels that
+// the operators of a scan and of a matrix product run, so the numbers are theirs; what they save is
+// what lies between, and the projected input and the gates' gradients stay in memory kept from call
+// to call. Not for flags, a projected state, or a tape that has to be rebuilt.
+#include <cstring>
+
+#include "layer.h"
+
+namespace fused_rnn::cpu {
+namespace {
+
+int64_t gates_of(int64_t cell) {
+  STD_TORCH_CHECK(0 <= cell && cell <= 2, "cell must be 0, 1 or 2, got ", cell);
+  return cell == 0 ? 4 : cell == 1 ? 3 : 1;
+}
+
+// What the two directions of a training step have in common.
+struct Step {
+  Arguments take;
+  int64_t cell, gates, inputs, rows;  // rows: T * B
+  Layer l;
+  Rows w_hh;
+
+  Step(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh_, const std::vector<bool>& reverse,
+       int64_t cell_)
+      : take(w_hh_, INT64_MAX), cell(cell_), gates(gates_of(cell_)) {
+    STD_TORCH_CHECK(w_hh_.is_cpu(), "w_hh must be a CPU tensor");
+    check_shape("x", x, {kAny, kAny, kAny}, "[T, B, I]", w_hh_);
+    STD_TORCH_CHECK(dtype_of("x", x) == take.io(), "x must have the dtype of w_hh");
+    STD_TORCH_CHECK(dtype_of("w_ih", w_ih) == take.io(), "w_ih must have the dtype of w_hh");
+    STD_TORCH_CHECK(w_hh_.dim() == 3, "w_hh must have shape [S, G*H, H], got ", shape_of(w_hh_));
+    l.steps = x.size(0), l.batch = x.size(1), l.stack = w_hh_.size(0);
+    l.hidden = l.out = w_hh_.size(2);
+    inputs = x.size(2), rows = l.steps * l.batch;
+    STD_TORCH_CHECK(l.steps > 0 && l.hidden > 0, "x must have steps, and w_hh units");
+    w_hh = take.entries("w_hh", w_hh_, {l.stack, width(), l.hidden}, "[S, G*H, H]");
+    check_shape("w_ih", w_ih, {l.stack, width(), inputs}, "[S, G*H, I]", w_hh_);
+    l.reverse = take.reverse(reverse, l.stack);
+  }
+  int64_t width() const { return gates * l.hidden; }
+  DType io() const { return take.io(); }
+  DType acc() const { return take.acc(); }
+  Tensor tensor(Shape shape, DType dtype) const { return new_tensor(take.like(), shape, dtype); }
+  Tensor none() const { return tensor({0}, acc()); }
+  // [T, B, S, n] in plain memory.
+  Rows sequence(void* data, int64_t n) const {
+    return Rows{data, acc(), l.batch * l.stack * n, l.stack * n, n};
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_forward(
+    const Tensor& x, const Tensor& w_ih, const Tensor& w_hh, const MaybeTensor& b_ih,
+    const MaybeTensor& b_hh, const Tensor& h0, const MaybeTensor& c0, std::vector<bool> reverse,
+    int64_t cell, bool relu) {
+  Step step(x, w_ih, w_hh, reverse, cell);
+  const Layer& l = step.l;
+  const DType io = step.io(), acc = step.acc();
+  const int64_t width = step.width(), size = size_of(acc);
+  STD_TORCH_CHECK(b_ih.has_value() == b_hh.has_value(), "both biases, or none");
+  if (b_ih) {
+    STD_TORCH_CHECK(dtype_of("b_ih", *b_ih) == io && dtype_of("b_hh", *b_hh) == io,
+                    "biases must have the dtype of w_hh");
+    check_shape("b_ih", *b_ih, {l.stack, width}, "[S, G*H]", w_hh);
+    check_shape("b_hh", *b_hh, {l.stack, width}, "[S, G*H]", w_hh);
+  }
+  const auto state = {l.stack, l.batch, l.hidden};
+  const Rows start = step.take.entries("h0", h0, state, "[S, B, H]");
+  Rows y_rows, h_rows, c_rows, cells_rows, gates_rows;
+  const auto shape = {l.steps, l.batch, l.stack, l.hidden};
+  Tensor y = step.take.output("y", shape, io, y_rows);
+  Tensor h_n = step.take.output("h_n", state, start.dtype, h_rows);
+  Tensor c_n = step.none(), cells = step.none(), gates = step.none();
+  if (cell == 0) {
+    STD_TORCH_CHECK(c0.has_value(), "the LSTM has a c0");
+    c_n = step.take.output("c_n", state, acc, c_rows);
+    cells = step.take.output("cells", shape, acc, cells_rows);
+  }
+  if (cell < 2) {
+    gates = step.take.output("gates", {l.steps, l.batch, l.stack, 4 * l.hidden}, acc, gates_rows);
+  }
+  if (l.batch == 0 || l.stack == 0) return {y, h_n, c_n, cells, gates};
+
+  const Buffer projected(l.stack * step.rows * width * size), bias(width * size);
+  const Sequence sequence(x, io, false);
+  const Tensor w = as_contiguous(w_ih);
+  Tensor b1, b2;
+  if (b_ih) b1 = as_contiguous(*b_ih), b2 = as_contiguous(*b_hh);
+  const int64_t folded = cell == 1 ? 2 * l.hidden : width;
+  const Projection projection{sequence.matrix, step.rows, step.inputs, width, folded, io, acc};
+  for (int64_t s = 0; s < l.stack; ++s) {
+    const auto entry = [&](const Tensor& t, int64_t n) -> const void* {
+      return static_cast<char*>(data_of(t)) + s * n * size_of(io);
+    };
+    projection.run(entry(w, width * step.inputs), b_ih ? entry(b1, width) : nullptr,
+                   b_ih ? entry(b2, width) : nullptr, bias.at(),
+                   projected.at(s * step.rows * width * size));
+  }
+  const bool first = sequence.batch_first;
+  const Rows gates_x{projected.at(), acc, (first ? 1 : l.batch) * width,
+                     (first ? l.steps : 1) * width, step.rows * width};
+  if (cell == 0) {
+    LstmForward p;
+    p.layer = l, p.gates_x = gates_x, p.h0 = start, p.w_hh = step.w_hh, p.y = y_rows;
+    p.c0 = step.take.entries("c0", *c0, state, "[S, B, H]");
+    p.h_n = h_rows, p.c_n = c_rows, p.cells = cells_rows, p.gates = gates_rows;
+    chosen_kernels().lstm_forward(p, acc);
+  } else if (cell == 1) {
+    GruForward p;
+    p.layer = l, p.gates_x = gates_x, p.h0 = start, p.w_hh = step.w_hh, p.y = y_rows;
+    p.h_n = h_rows, p.gates = gates_rows;
+    if (b_hh) {
+      char* inside = static_cast<char*>(data_of(b2)) + 2 * l.hidden * size_of(io);
+      p.b_hn = Rows{inside, io, 0, 0, width};
+    }
+    chosen_kernels().gru_forward(p, acc);
+  } else {
+    RnnForward p;
+    p.layer = l, p.gates_x = gates_x, p.h0 = start, p.w_hh = step.w_hh, p.y = y_rows;
+    p.h_n = h_rows, p.relu = relu;
+    chosen_kernels().rnn_forward(p, acc);
+  }
+  return {y, h_n, c_n, cells, gates};
+}
+
+// target [T * B, H] = the state that enters each step of entry s: the step's before, or the first.
+void entering(const Layer& l, const Tensor& y, const Tensor& h0, int64_t s, DType io,
+              char* target) {
+  const int64_t bytes = l.hidden * size_of(io), block = l.batch * bytes;
+  const char* from = static_cast<char*>(data_of(y)) + s * bytes;
+  const auto copy = [&](int64_t t, int64_t of) {
+    for (int64_t b = 0; b < l.batch; ++b) {
+      const char* row = from + (of * l.batch + b) * l.stack * bytes;
+      std::memcpy(target + t * block + b * bytes, row, bytes);
+    }
+  };
+  const bool back = l.reverse[s] != 0;
+  for (int64_t t = 1; t < l.steps; ++t) back ? copy(t - 1, t) : copy(t, t - 1);
+  std::memcpy(target + (back ? l.steps - 1 : 0) * block,
+              static_cast<char*>(data_of(h0)) + s * block, block);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backward(
+    const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n,
+    const MaybeTensor& dcells, const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
+    const Tensor& h0, const MaybeTensor& c0, const Tensor& y, const MaybeTensor& cells,
+    const MaybeTensor& gates, std::vector<bool> reverse, int64_t cell, bool relu, bool want_x,
+    bool want_w_ih, bool want_w_hh, bool want_bias) {
+  Step step(x, w_ih, w_hh, reverse, cell);
+  const Layer& l = step.l;
+  const DType io = step.io(), acc = step.acc();
+  const int64_t width = step.width(), all = l.stack * width, size = size_of(acc);
+  const auto shape = {l.steps, l.batch, l.stack, l.hidden};
+  const auto state = {l.stack, l.batch, l.hidden};
+  STD_TORCH_CHECK(dtype_of("y", y) == io && dtype_of("h0", h0) == io,
+                  "y and h0 must have the dtype of w_hh");
+  check_shape("y", y, shape, "[T, B, S, H]", w_hh);
+  check_shape("h0", h0, state, "[S, B, H]", w_hh);
+  const Tensor out = as_contiguous(y), start = as_contiguous(h0);
+  const Buffer gradients(step.rows * all * size);
+  const Buffer inside(cell == 1 ? step.rows * l.stack * l.hidden * size : 0);
+  const Rows dgates = step.sequence(gradients.at(), width);
+  Rows dh0_rows, dc0_rows;
+  Tensor dh0 = step.take.output("dh0", state, acc, dh0_rows), dc0 = step.none();
+  const Rows dy_rows = step.take.sequence("dy", dy, shape, "[T, B, S, H]");
+  const Rows dh_rows = step.take.entries("dh_n", dh_n, state, "[S, B, H]");
+  const auto tape_of = [&](const MaybeTensor& t, const char* name, int64_t parts) {
+    STD_TORCH_CHECK(t.has_value(), "this cell has a tape of ", name);
+    return step.take.sequence(name, *t, {l.steps, l.batch, l.stack, parts * l.hidden},
+                              "[T, B, S, K*H]");
+  };
+  if (cell == 0) {
+    LstmBackward p;
+    p.layer = l, p.dy = dy_rows, p.dh_n = dh_rows, p.w_hh = step.w_hh;
+    p.dc_n = step.take.entries("dc_n", dc_n, state, "[S, B, H]");
+    p.dcells = step.take.sequence("dcells", dcells, shape, "[T, B, S, H]");
+    STD_TORCH_CHECK(c0.has_value(), "the LSTM has a c0");
+    p.c0 = step.take.entries("c0", *c0, state, "[S, B, H]");
+    p.cells = tape_of(cells, "cells", 1), p.gates = tape_of(gates, "gates", 4);
+    dc0 = step.take.output("dc0", state, acc, dc0_rows);
+    p.dgates = dgates, p.dh0 = dh0_rows, p.dc0 = dc0_rows;
+    chosen_kernels().lstm_backward(p, acc);
+  } else if (cell == 1) {
+    GruBackward p;
+    p.layer = l, p.dy = dy_rows, p.dh_n = dh_rows, p.w_hh = step.w_hh;
+    p.h0 = step.take.entries("h0", start, state, "[S, B, H]");
+    p.y = step.take.sequence("y", out, shape, "[T, B, S, H]"), p.gates = tape_of(gates, "gates", 4);
+    p.dgates = dgates, p.dgates_hn = step.sequence(inside.at(), l.hidden), p.dh0 = dh0_rows;
+    chosen_kernels().gru_backward(p, acc);
+  } else {
+    RnnBackward p;
+    p.layer = l, p.dy = dy_rows, p.dh_n = dh_rows, p.w_hh = step.w_hh, p.relu = relu;
+    p.y = step.take.sequence("y", out, shape, "[T, B, S, H]");
+    p.dgates = dgates, p.dh0 = dh0_rows;
+    chosen_kernels().rnn_backward(p, acc);
+  }
+
+  Tensor dx = step.none(), dw_ih = step.none(), dw_hh = step.none(), db = step.none();
+  Tensor db_hn = step.none();
+  const auto multiply = [&](int64_t m, int64_t k, int64_t n, const Matrix& a, const Matrix& b,
+                            void* to) {
+    Matmul p;
+    p.n = 1, p.m = m, p.k = k, p.l = n, p.a = a, p.b = b, p.out = to;
+    chosen_kernels().matmul(p, acc);
+  };
+  if (want_x) {
+    dx = step.tensor({l.steps, l.batch, step.inputs}, acc);
+    const Tensor w = as_contiguous(w_ih);
+    multiply(step.rows, all, step.inputs, Matrix{gradients.at(), acc, 0, all, 1},
+             Matrix{data_of(w), io, 0, step.inputs, 1}, dx.mutable_data_ptr());
+  }
+  if (want_w_ih) {
+    dw_ih = step.tensor({l.stack, width, step.inputs}, acc);
+    const Sequence sequence(x, io, true);
+    multiply(all, step.rows, step.inputs, Matrix{gradients.at(), acc, 0, 1, all}, sequence.matrix,
+             dw_ih.mutable_data_ptr());
+  }
+  if (want_w_hh) {
+    dw_hh = step.tensor({l.stack, width, l.hidden}, acc);
+    const Buffer before(step.rows * l.hidden * size_of(io));
+    for (int64_t s = 0; s < l.stack; ++s) {
+      entering(l, out, start, s, io, static_cast<char*>(before.at()));
+      const Matrix h{before.at(), io, 0, l.hidden, 1};
+      char* to = static_cast<char*>(dw_hh.mutable_data_ptr()) + s * width * l.hidden * size;
+      const int64_t own = cell == 1 ? 2 * l.hidden : width;
+      multiply(own, step.rows, l.hidden, Matrix{gradients.at(s * width * size), acc, 0, 1, all}, h,
+               to);
+      if (cell == 1) {
+        const Matrix dhn{inside.at(s * l.hidden * size), acc, 0, 1, l.stack * l.hidden};
+        multiply(l.hidden, step.rows, l.hidden, dhn, h, to + own * l.hidden * size);
+      }
+    }
+  }
+  if (want_bias) {
+    const auto sums = [&](const Buffer& of, int64_t n) {
+      Tensor t = step.tensor({l.stack, n}, acc);
+      const ColumnSums p{of.at(), step.rows, l.stack * n, t.mutable_data_ptr()};
+      chosen_kernels().column_sums(p, acc);
+      return t;
+    };
+    db = sums(gradients, width);
+    if (cell == 1) db_hn = sums(inside, l.hidden);
+  }
+  return {dx, dw_ih, dw_hh, db, db_hn, dh0, dc0};
+}
+
+}  // namespace
+}  // namespace fused_rnn::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CPU, m) {
+  m.impl("cpu_layer_forward", TORCH_BOX(&fused_rnn::cpu::layer_forward));
+  m.impl("cpu_layer_backward", TORCH_BOX(&fused_rnn::cpu::layer_backward));
+}

@@ -1,0 +1,175 @@
+"""A plain layer of a training step on the CPU is one operator each way: the same as its parts."""
+
+import pytest
+import torch
+from conftest import UNDER_TEST  # noqa: F401  (the environment it sets)
+
+from fused_rnn import autograd
+from fused_rnn.autograd import LayerInputs, LayerSpec
+from fused_rnn.ops import ACC_DTYPE, GATES
+
+forward = torch.ops.fused_rnn.cpu_layer_forward.default
+backward = torch.ops.fused_rnn.cpu_layer_backward.default
+cells = pytest.mark.parametrize("cell", list(GATES))
+REVERSE = (False, True)
+
+
+def layer(cell, dtype=torch.float32, steps=7, rows=5, size=6, hidden=21, stack=2, bias=True):
+    generator = torch.Generator().manual_seed(steps * rows + hidden)
+    width = GATES[cell] * hidden
+
+    def draw(*shape):
+        return (torch.randn(shape, generator=generator) * 0.5).to(dtype).requires_grad_()
+
+    return LayerInputs(
+        draw(steps, rows, size),
+        draw(stack, width, size),
+        draw(stack, width, hidden),
+        *((draw(stack, width), draw(stack, width)) if bias else (None, None)),
+        None,
+        draw(stack, rows, hidden),
+        draw(stack, rows, hidden) if cell == "lstm" else None,
+        None,
+    )
+
+
+def spec_of(cell, stack=2, relu=False):
+    return LayerSpec(cell, "cpu", REVERSE[:stack], relu=relu)
+
+
+def outcomes(cell, inputs, spec):
+    """Outputs and gradients of the inputs that have any."""
+    outputs = autograd.EagerScan.apply(spec, *inputs)
+    count = {"lstm": 4, "gru": 2, "rnn": 2}[cell]
+    generator = torch.Generator().manual_seed(3)
+    total = 0
+    for out in outputs[:count]:
+        total = total + (out * torch.randn(out.shape, generator=generator).to(out.dtype)).sum()
+    given = [t for t in inputs if t is not None and t.requires_grad]
+    return [o.detach() for o in outputs], torch.autograd.grad(total, given)
+
+
+def in_parts(monkeypatch):
+    monkeypatch.setattr(autograd, "_is_whole", lambda spec, inputs: False)
+
+
+@cells
+@pytest.mark.parametrize("dtype", list(ACC_DTYPE))
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("stack", [1, 2])
+def test_same_as_its_parts(monkeypatch, cell, dtype, bias, stack):
+    """To the bit, but for the biases' gradients, which are added up in another order."""
+    inputs = layer(cell, dtype, bias=bias, stack=stack)
+    spec = spec_of(cell, stack)
+    outputs, grads = outcomes(cell, inputs, spec)
+    in_parts(monkeypatch)
+    expected_outputs, expected = outcomes(cell, inputs, spec)
+    for a, b in zip(outputs, expected_outputs, strict=True):
+        assert torch.equal(a, b) and a.dtype == b.dtype
+    biases = [t for t in (inputs.b_ih, inputs.b_hh) if t is not None]
+    given = [t for t in inputs if t is not None]
+    for tensor, a, b in zip(given, grads, expected, strict=True):
+        assert a.dtype == b.dtype
+        if any(tensor is b for b in biases):
+            torch.testing.assert_close(a, b)
+        else:
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 60])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@cells
+def test_few_steps(monkeypatch, cell, steps, rows):
+    """Weights that are used once are not packed, and count for the same."""
+    inputs = layer(cell, steps=steps, rows=rows, hidden=33, size=40)
+    outputs, grads = outcomes(cell, inputs, spec_of(cell))
+    several = layer(cell, steps=steps, rows=rows, hidden=33, size=40)
+    whole = [t if t is None else torch.cat((t, t), 1) for t in (several.x, several.h0, several.c0)]
+    wide = several._replace(x=whole[0], h0=whole[1], c0=whole[2])
+    wide = LayerInputs(*(None if t is None else t.detach().requires_grad_() for t in wide))
+    twice = autograd.EagerScan.apply(spec_of(cell), *wide)
+    assert torch.equal(outputs[0], twice[0][:, :rows]) and torch.equal(
+        outputs[0], twice[0][:, rows:]
+    )
+    in_parts(monkeypatch)
+    for a, b in zip(grads, outcomes(cell, inputs, spec_of(cell))[1], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@cells
+def test_strided_tensors(monkeypatch, cell):
+    inputs = layer(cell)
+    strided = inputs._replace(
+        x=inputs.x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_(),
+        w_ih=inputs.w_ih.detach().mT.contiguous().mT.requires_grad_(),
+        w_hh=inputs.w_hh.detach().mT.contiguous().mT.requires_grad_(),
+        h0=inputs.h0.detach().repeat(1, 1, 2)[:, :, :21].requires_grad_(),
+    )
+    for a, b in zip(outcomes(cell, inputs, spec_of(cell)), outcomes(cell, strided, spec_of(cell))):
+        for left, right in zip(a, b, strict=True):
+            assert torch.equal(left, right)
+
+
+@cells
+def test_operators(cell):
+    inputs = LayerInputs(*(None if t is None else t.detach() for t in layer(cell)))
+    x, w_ih, w_hh, b_ih, b_hh, _, h0, c0, _ = inputs
+    number = list(GATES).index(cell)
+    given = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, list(REVERSE), number, False)
+    torch.library.opcheck(forward, given)
+    y, h_n, c_n, tape, gates = forward(*given)
+    lstm = cell == "lstm"
+    tapes = (tape if lstm else None, gates if cell != "rnn" else None)
+    grads = (y, h_n, c_n, tape) if lstm else (y, h_n, None, None)
+    common = (*grads, x, w_ih, w_hh, h0, c0, y, *tapes, list(REVERSE), number, False)
+    torch.library.opcheck(backward, (*common, True, True, True, True))
+    for place in range(4):
+        wanted = [k == place for k in range(4)]
+        torch.library.opcheck(backward, (*common, *wanted))
+        found = backward(*common, *wanted)
+        assert [t.numel() > 0 for t in found[:4]] == wanted
+    for missing in range(4 if lstm else 2):
+        some = [None if k == missing else g for k, g in enumerate(grads)]
+        zero = [
+            torch.zeros_like(g) if k == missing else g for k, g in enumerate(grads) if g is not None
+        ]
+        zero += [None] * (4 - len(zero))
+        for a, b in zip(
+            backward(*some, *common[4:], True, True, True, True),
+            backward(*zero, *common[4:], True, True, True, True),
+            strict=True,
+        ):
+            assert torch.equal(a, b)
+
+
+def test_operators_refuse_what_they_cannot_take():
+    inputs = LayerInputs(*(None if t is None else t.detach() for t in layer("gru")))
+    x, w_ih, w_hh, b_ih, b_hh, _, h0, _, _ = inputs
+    rest = (list(REVERSE), 1, False)
+
+    def refuses(match, *given):
+        with pytest.raises(RuntimeError, match=match):
+            forward(*given)
+
+    refuses("x must have shape", x[0], w_ih, w_hh, b_ih, b_hh, h0, None, *rest)
+    refuses("x must have steps", x[:0], w_ih, w_hh, b_ih, b_hh, h0, None, *rest)
+    refuses("x must have the dtype", x.double(), w_ih, w_hh, b_ih, b_hh, h0, None, *rest)
+    refuses("w_ih must have shape", x, w_ih[:, :, :3], w_hh, b_ih, b_hh, h0, None, *rest)
+    refuses("w_hh must have shape", x, w_ih, w_hh[:, :9], b_ih, b_hh, h0, None, *rest)
+    refuses("both biases", x, w_ih, w_hh, b_ih, None, h0, None, *rest)
+    refuses("b_hh must have shape", x, w_ih, w_hh, b_ih, b_hh[:, :2], h0, None, *rest)
+    refuses("h0 must have shape", x, w_ih, w_hh, b_ih, b_hh, h0[:1], None, *rest)
+    refuses("reverse must have", x, w_ih, w_hh, b_ih, b_hh, h0, None, [True], 1, False)
+    refuses("cell must be", x, w_ih, w_hh, b_ih, b_hh, h0, None, list(REVERSE), 5, False)
+    given = layer("lstm")
+    refuses("the LSTM has a c0", *given[:5], given.h0, None, list(REVERSE), 0, False)
+
+
+def test_sums_of_many_rows():
+    """Bias gradients of a long sequence, about as exact as torch's own sums."""
+    inputs = layer("rnn", steps=3000, rows=7, hidden=3, size=2, stack=1)
+    spec = LayerSpec("rnn", "cpu", (False,), relu=True)
+    still = inputs._replace(w_hh=torch.zeros_like(inputs.w_hh).requires_grad_())
+    y = autograd.EagerScan.apply(spec, *still)[0]
+    (found,) = torch.autograd.grad(y.sum(), still.b_ih)
+    assert torch.equal(found[0], (y > 0).sum((0, 1, 2)).float())
