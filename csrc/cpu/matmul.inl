@@ -22,7 +22,7 @@ class Product {
     const int64_t threads = thread_count();
     const double flops = 2.0 * p_.n * p_.m * p_.k * p_.l;
     const double bytes = static_cast<double>(sizeof(T)) * p_.n * p_.k * p_.l;
-    const double rate = bytes < 0.75 * l2_bytes() ? kCacheBytesPerSecond : kMemoryBytesPerSecond;
+    const double rate = bytes < 0.75 * l2_bytes() ? kDirectBytesPerSecond : kMemoryBytesPerSecond;
     threaded_ = threads > 1 && (flops > kFlopsPerSecond<T> * kSecondsWorthThreads ||
                                 bytes > rate * kSecondsWorthThreads);
     const bool lies = p_.b.row == 1 || p_.b.column == 1;

@@ -75,6 +75,7 @@ template <class T>
 constexpr double kFlopsPerSecond = 6e9 * Vec<T>::kWidth;
 constexpr double kCacheBytesPerSecond = 8e10;
 constexpr double kMemoryBytesPerSecond = 1.2e10;
+constexpr double kDirectBytesPerSecond = 4e10;  // of weights that are not packed
 constexpr double kGateSeconds = 2.5e-9 * 16 / Vec<float>::kWidth;  // of a unit of a row
 constexpr double kSecondsPerRegion = 5e-6;   // to start and join PyTorch's threads
 constexpr double kSecondsPerMeeting = 3e-7;  // of threads that wait for one another
@@ -166,7 +167,8 @@ class Runner {
       bytes +=
           static_cast<double>(sizeof(T)) * scan_.phase[p].panel_elements() * most / blocks.count;
     }
-    const double rate = bytes < 0.75 * l2_bytes() ? kCacheBytesPerSecond : kMemoryBytesPerSecond;
+    double rate = bytes < 0.75 * l2_bytes() ? kCacheBytesPerSecond : kMemoryBytesPerSecond;
+    if (direct_ && rate > kDirectBytesPerSecond) rate = kDirectBytesPerSecond;
     const double compute = 2 * rows * bytes / sizeof(T) / kFlopsPerSecond<T>,
                  traffic = bytes / rate;
     const double gates = rows * layer_.hidden * kGateSeconds * (sizeof(T) / 4) / slices;
