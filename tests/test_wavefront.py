@@ -20,7 +20,7 @@ cells = pytest.mark.parametrize("cell", CELLS)
 
 @pytest.fixture(autouse=True)
 def in_parts(monkeypatch):
-    """(On a CPU a layer may be one operator, which adds up gradients of biases in another order.)"""
+    """On a CPU a layer may be one operator, which adds up gradients of biases in other orders."""
     monkeypatch.setattr(autograd, "_is_whole", lambda spec, inputs: False)
 
 
