@@ -127,6 +127,7 @@ def _is_whole(spec: LayerSpec, inputs: LayerInputs) -> bool:
         and inputs.w_hr is None
         and spec.reset_after
         and (spec.keep_gates or spec.cell == "rnn")
+        and (inputs.b_ih is None) == (inputs.b_hh is None)
         and inputs.h0.dtype == inputs.w_hh.dtype
         and not torch.compiler.is_compiling()
         and not transformed()

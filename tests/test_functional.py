@@ -113,3 +113,22 @@ def test_bad_options_of_the_others():
         fused_rnn.rnn(**arguments("rnn"), nonlinearity="gelu")
     with pytest.raises(ValueError, match=r"w_hh must have shape \[3\*H, H\]"):
         fused_rnn.gru(**arguments("lstm") | {"hx": None, "w_hh": torch.randn(24, 6)})
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("which", ["b_ih", "b_hh"])
+def test_one_bias_alone(name, which):
+    """Is as good as the other being zero, with gradients and without."""
+    torch.manual_seed(0)
+    width = {"lstm": 4, "gru": 3, "rnn": 1}[name] * 5
+    x, w_ih, w_hh = torch.randn(4, 2, 3), torch.randn(width, 3), torch.randn(width, 5)
+    bias = torch.randn(width, requires_grad=True)
+    layer = getattr(fused_rnn, name)
+    other = "b_hh" if which == "b_ih" else "b_ih"
+    one = layer(x, None, w_ih, w_hh, **{which: bias})[0]
+    both = layer(x, None, w_ih, w_hh, **{which: bias, other: torch.zeros(width)})[0]
+    assert torch.equal(one, both)
+    found, expected = (torch.autograd.grad(y.sum(), bias)[0] for y in (one, both))
+    torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        assert torch.equal(layer(x, None, w_ih, w_hh, **{which: bias})[0], both)

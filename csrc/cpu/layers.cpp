@@ -103,7 +103,8 @@ class Model {
   Tensor kept(const char* name, const Tensor& t, Shape shape, const char* axes) const {
     same_dtype(name, t);
     check_shape(name, t, shape, axes, x_);
-    return as_contiguous(t);
+    const bool aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % size_of(io_) == 0;
+    return aligned ? as_contiguous(t) : torch::stable::clone(t);
   }
   const Direction& direction(int64_t layer, int64_t d) const {
     return weights_[layer * directions_ + d];
@@ -123,7 +124,7 @@ class Model {
   }
 
   // The two directions' weights are tensors of their own: an entry's stride leads from one to the
-  // other, whatever lies between.
+  // other, whatever lies between (a whole number of elements, see kept()).
   Rows weight(const Tensor& first, const Tensor& last, int64_t skip = 0) const {
     const auto address = [](const Tensor& t) {
       return reinterpret_cast<intptr_t>(t.const_data_ptr());

@@ -75,7 +75,7 @@ template <class T>
 constexpr double kFlopsPerSecond = 6e9 * Vec<T>::kWidth;
 constexpr double kCacheBytesPerSecond = 8e10;
 constexpr double kMemoryBytesPerSecond = 1.2e10;
-constexpr double kDirectBytesPerSecond = 4e10;  // of weights that are not packed
+constexpr double kDirectBytesPerSecond = 4e10;                     // of weights that are not packed
 constexpr double kGateSeconds = 2.5e-9 * 16 / Vec<float>::kWidth;  // of a unit of a row
 constexpr double kSecondsPerRegion = 5e-6;   // to start and join PyTorch's threads
 constexpr double kSecondsPerMeeting = 3e-7;  // of threads that wait for one another
@@ -120,10 +120,10 @@ class Runner {
       work(0, 1);
     } else {
       wanted_ = split;
-      meetings_ = static_cast<Meeting*>(allocate_workspace(split.members * sizeof(Meeting)));
+      Workspace<Meeting> memory;
+      meetings_ = memory.take(split.members);
       for (int64_t i = 0; i < split.members; ++i) meetings_[i] = Meeting{};
       run_together(split.members, member, this);
-      free_workspace(meetings_);
     }
   }
 
