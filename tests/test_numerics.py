@@ -186,3 +186,9 @@ def test_the_checks_see_faults():
     assert not compare("dw", small.float(), small, 1e-7, torch.float32).fault
     assert compare("dw", cut, small, 1e-8, torch.float32).fault
     assert error(torch.tensor([float("nan")]), torch.zeros(1, dtype=torch.float64)) == float("inf")
+
+
+def test_long_sums():
+    """Weight gradients of many rows and steps, whose sums have 100,000 terms."""
+    case = Case("rnn", steps=700, rows=150, hidden=9, inputs=3, relu=True)
+    assert_holds(case, "cpu", "cpu")

@@ -2,7 +2,9 @@
 // depend neither on the other rows nor on the threads.
 // Included inside the instruction set's anonymous namespace; see kernels.inl.
 
-constexpr int64_t kChunkK = 512;  // K is taken in chunks: a panel of 4 vectors then fits the L2
+// K is taken in chunks, whose sums are added in order: a panel of 4 vectors then fits the L2, and
+// the error of long sums, which weight gradients are, grows with their square root over 16 only.
+constexpr int64_t kChunkK = 512;
 
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kCopiesPay = 4;  // blocks that use a copy of their operands
@@ -50,31 +52,41 @@ class Product {
   void directly() const {
     parallel(p_.n * blocks_.count, threaded_, [&](int64_t task) {
       const int64_t n = task / blocks_.count, block = task % blocks_.count;
-      const Weights b{p_.b.data, p_.b.dtype, 1, p_.l, p_.k, 0, p_.b.column, p_.b.row};
       alignas(64) T sums[kDirectRows * kMaxVectors * Vec<T>::kWidth];
-      const T* a = static_cast<const T*>(p_.a.data) + n * p_.a.batch;
       const int rows = static_cast<int>(p_.m);
-      direct_product<T>(rows, b, n * p_.b.batch, blocks_, block, a, p_.a.row, sums);
-      leave(n, 0, block, rows, sums, true);
+      int64_t at = 0;
+      do {
+        const int64_t depth = p_.k - at < kChunkK ? p_.k - at : kChunkK;
+        const Weights b{p_.b.data, p_.b.dtype, 1, p_.l, depth, 0, p_.b.column, p_.b.row};
+        const T* a = static_cast<const T*>(p_.a.data) + n * p_.a.batch + at;
+        const int64_t b_start = n * p_.b.batch + at * p_.b.row;
+        direct_product<T>(rows, b, b_start, blocks_, block, a, p_.a.row, sums);
+        leave(n, 0, block, rows, sums, at, at + depth == p_.k);
+        at += depth;
+      } while (at < p_.k);
     });
   }
 
-  // A tile's sums, of `rows` rows from the first on, to the result; with the bias where `done`.
-  void leave(int64_t n, int64_t first, int64_t block, int rows, const T* sums, bool done) const {
+  // A tile's sums of the chunk from `at` on, of `rows` rows from the first on, to the result; with
+  // the bias where `done`.
+  void leave(int64_t n, int64_t first, int64_t block, int rows, const T* sums, int64_t at,
+             bool done) const {
     using V = Vec<T>;
     const int vectors = blocks_.depth_vectors(block);
     const int64_t u = blocks_.first_unit(block);
     T* out = static_cast<T*>(p_.out) + (n * p_.m + first) * p_.l + u;
     for (int m = 0; m < rows; ++m) {
       for (int v = 0; v < vectors; ++v) {
-        const int64_t at = u + v * V::kWidth;
-        const int lanes = lanes_at(p_.l, at, V::kWidth);
+        const int64_t unit = u + v * V::kWidth;
+        const int lanes = lanes_at(p_.l, unit, V::kWidth);
+        T* to = out + m * p_.l + v * V::kWidth;
         V x = V::load(sums + (m * vectors + v) * V::kWidth);
+        if (at > 0) x = V::load(to, lanes) + x;
         if (done && p_.bias.data != nullptr) {
-          const int64_t from = n * p_.bias.batch + at * p_.bias.column;
+          const int64_t from = n * p_.bias.batch + unit * p_.bias.column;
           x = x + load<T>(p_.bias.data, p_.bias.dtype, from, lanes);
         }
-        x.store(out + m * p_.l + v * V::kWidth, lanes);
+        x.store(to, lanes);
       }
     }
   }
@@ -146,18 +158,9 @@ class Product {
     const auto [n, at, depth, from, to] = g;
     using V = Vec<T>;
     const int vectors = blocks_.depth_vectors(block);
-    const int64_t first = from * kRows, u = blocks_.first_unit(block), width = vectors * V::kWidth;
+    const int64_t first = from * kRows, width = vectors * V::kWidth;
     const int all = lanes_at(p_.m, first, static_cast<int>((to - from) * kRows));
     alignas(64) T sums[kGroupTiles * kRows * kMaxVectors * V::kWidth];
-    if (at > 0) {
-      const T* out = static_cast<const T*>(p_.out) + (n * p_.m + first) * p_.l + u;
-      for (int m = 0; m < all; ++m) {
-        for (int v = 0; v < vectors; ++v) {
-          const int lanes = lanes_at(p_.l, u + v * V::kWidth, V::kWidth);
-          V::load(out + m * p_.l + v * V::kWidth, lanes).store(sums + m * width + v * V::kWidth);
-        }
-      }
-    }
     const T* panel = panels_ + blocks_.row_offset(block) * depth;
     for (int64_t k = 0; k < depth || k == 0; k += kSliceK) {
       const int64_t deep = depth - k < kSliceK ? depth - k : kSliceK;
@@ -165,10 +168,10 @@ class Product {
         const int rows = lanes_at(p_.m, tile * kRows, kRows);
         T* to_sums = sums + (tile - from) * kRows * width;
         tile_product<T>(rows, vectors, a + (tile - from) * tile_step + k * column, row, column,
-                        panel + k * width, deep, to_sums, at + k > 0);
+                        panel + k * width, deep, to_sums, k > 0);
       }
     }
-    leave(n, first, block, all, sums, at + depth == p_.k);
+    leave(n, first, block, all, sums, at, at + depth == p_.k);
   }
 
   const Matmul& p_;
