@@ -196,7 +196,7 @@ def test_the_gpu_is_asked_what_runs_together(monkeypatch):
             return together
 
         monkeypatch.setattr(library, "grid_resident", resident)
-        return operators._kernel(model, shape, device)
+        return operators._settled(model, shape, device)[0]
 
     assert kernel(132) == planning.choose(model, shape)
     assert asked == [(0, 0, 512, 2, kernel(132).rows, False)] * 2
