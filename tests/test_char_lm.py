@@ -184,13 +184,17 @@ def test_two_processes(run, text, tmp_path, impl):
         f"--save={tmp_path / 'm.pt'}",
     ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *TINY, f"--text={text}", *options],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
+    for _ in range(2):
+        done = subprocess.run(
+            [*command, *TINY, f"--text={text}", *options],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=300,
+        )
+        # A thread of torch's that ends as late as the process, seen on an overloaded machine.
+        if "terminate called without an active exception" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("final validation") == 1  # rank 0 alone speaks
     assert "Traceback" not in done.stderr
