@@ -6,9 +6,9 @@ import warnings
 import torch
 from torch import Tensor
 
-from fused_rnn import autograd, backends, wavefront
+from fused_rnn import autograd, backends
 from fused_rnn.autograd import LayerInputs, LayerSpec
-from fused_rnn.ops import ACC_DTYPE, CELLS, GATES
+from fused_rnn.ops import ACC_DTYPE, GATES
 from fused_rnn.reference import ENDED, RESET
 
 TAPES = ("keep", "recompute")
@@ -70,7 +70,7 @@ def check_reset(reset: Tensor, shape: tuple[int, int], layout: str) -> None:
         raise ValueError(f"reset must have shape {layout} = {list(shape)}, got {list(reset.shape)}")
 
 
-def _same_device(inputs: LayerInputs) -> None:
+def same_device(inputs: LayerInputs) -> None:
     device = inputs.x.device
     for state in (inputs.h0, inputs.c0):
         if state is not None and state.device != device:
@@ -86,7 +86,7 @@ def _same_device(inputs: LayerInputs) -> None:
             )
 
 
-def _same_dtype(inputs: LayerInputs) -> None:
+def same_dtype(inputs: LayerInputs) -> None:
     dtype = inputs.w_hh.dtype
     for name, tensor in zip(LayerInputs._fields, inputs, strict=True):
         if tensor is not None and name != "flags" and tensor.dtype != dtype:
@@ -96,7 +96,7 @@ def _same_dtype(inputs: LayerInputs) -> None:
             )
 
 
-def _autocast(inputs: LayerInputs, low: torch.dtype, wide: bool) -> LayerInputs:
+def cast_inputs(inputs: LayerInputs, low: torch.dtype, wide: bool) -> LayerInputs:
     """Cast the floating tensors to the low dtype; ``wide`` rounds to it and goes on in float32."""
 
     def cast(tensor: Tensor | None) -> Tensor | None:
@@ -107,7 +107,7 @@ def _autocast(inputs: LayerInputs, low: torch.dtype, wide: bool) -> LayerInputs:
     return LayerInputs(*(cast(t) for t in inputs))
 
 
-def _needs_gradient(inputs: LayerInputs) -> bool:
+def needs_gradient(inputs: LayerInputs) -> bool:
     if autograd.forward_mode():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
@@ -168,132 +168,9 @@ def run_layer(
         state = torch.float32 if keeps and projected else None
         with torch.autocast(device, enabled=False):
             return _run_layer(
-                cell, _autocast(inputs, low, wide), reverse, state_dtype=state, **options
+                cell, cast_inputs(inputs, low, wide), reverse, state_dtype=state, **options
             )
     return _run_layer(cell, inputs, reverse, **options)
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)  # not their subclasses, which may see every operator
-
-
-def may_infer(x: Tensor) -> bool:
-    """Whether ``fused_rnn::cpu_layers`` may run a model on x: nothing wants a gradient, looks on or
-    casts, and the CPU's kernels are those to be used."""
-    return (
-        type(x) is Tensor
-        and x.is_cpu
-        and not torch.is_grad_enabled()
-        and backends.current_backend() in (backends.AUTO, "cpu")
-        and not backends.extension_missing()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and not autograd.transformed()
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
-
-
-def infer(cell: str, x: Tensor, hx, weights: list[Tensor], flags, bias, projected, both, relu):
-    """All layers of a model: y [T, B, D*P] and the final states [L*D, B, ...]; None where the
-    tensors are not all plain ones of one dtype on the CPU. Arguments as ``fused_rnn::cpu_layers``
-    has them, hx a tuple of states or None."""
-    dtype = x.dtype
-    for tensors in (weights, hx or ()):
-        for t in tensors:
-            if type(t) not in _PLAIN or t.dtype is not dtype or not t.is_cpu:
-                return None
-    h0, c0 = (None, None) if hx is None else hx if len(hx) == 2 else (hx[0], None)
-    y, h_n, c_n = _cpu_layers(
-        x, h0, c0, weights, flags, CELLS.index(cell), bias, projected, both, relu
-    )
-    return y, (h_n, c_n) if cell == "lstm" else (h_n,)
-
-
-_cpu_layers = torch.ops.fused_rnn.cpu_layers.default
-
-
-def wave_chunk(cell: str, x: Tensor, layers: int, hidden: int) -> int | None:
-    """Steps of a chunk where so many layers of one direction on x [T, B, I], without flags or
-    projection, are to run as a wave; None where one after another. Decided from sizes: no weight is
-    read."""
-    kind = x.device.type
-    if kind != "cuda":
-        # The CUDA backend, emulated. (On a CPU, what autocast casts differs with the cell.)
-        if kind != "cpu" or backends.current_backend() != "cuda" or torch.is_autocast_enabled(kind):
-            return None
-    if torch.compiler.is_compiling() or autograd.transformed():
-        return None
-    steps, rows = x.shape[:2]
-    if type(steps) is not int or type(rows) is not int or not rows or not hidden:
-        return None
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    sizes = () if kind == "cpu" else (x.device.index, rows, hidden)
-    request = backends.Request(cell, kind, dtype, (False,), False, False, True, False, *sizes)
-    if dtype not in ACC_DTYPE or backends.choose(request) != "cuda":
-        return None
-    from fused_rnn.cuda.operators import wave_chunk
-
-    return wave_chunk(cell, x.device, dtype, rows, hidden, layers, steps)
-
-
-def run_wave(
-    cell: str,
-    x: Tensor,
-    layers: list[wavefront.WaveLayer],
-    chunk: int,
-    dropout: float,
-    relu: bool,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Layers of one direction in chunks of so many steps: y [T, B, H] and the final states
-    [L, B, H]."""
-    kind = x.device.type
-    low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    with torch.autocast(kind, enabled=False):
-        inputs = []
-        for layer in layers:
-            given = LayerInputs(x, *layer[:4], None, layer.h0, layer.c0, None)
-            given = given if low is None else _autocast(given, low, False)
-            x = given.x  # cast once
-            _same_device(given)
-            _same_dtype(given)
-            inputs.append(given)
-        io = inputs[0].w_hh.dtype
-        if any(given.w_hh.dtype != io for given in inputs):
-            raise RuntimeError(
-                "expected all layers in one dtype, got "
-                + ", ".join(str(given.w_hh.dtype) for given in inputs)
-            )
-        layers = [wavefront.WaveLayer(*given[1:5], given.h0, given.c0) for given in inputs]
-        spec = wavefront.WaveSpec(LayerSpec(cell, "cuda", (False,), relu=relu), chunk, dropout)
-        kept: list[Tensor | None] = [None] * (len(layers) - 1)
-        if dropout:  # drawn as for layers one after another
-            ones = torch.ones((*x.shape[:2], inputs[0].w_hh.shape[2]), dtype=io, device=x.device)
-            kept = [torch.nn.functional.dropout(ones, dropout) != 0 for _ in kept]
-        if any(_needs_gradient(given) for given in inputs):
-            flat = (t for layer in layers for t in layer)
-            y, *finals = wavefront.Wave.apply(spec, len(layers), x, *flat, *kept)
-        else:
-            y, *finals, _ = wavefront.forward(spec, x, layers, [*kept, None], training=False)
-        return y, tuple(state.to(io) for state in finals if state is not None)
-
-
-def _request(
-    cell: str,
-    inputs: LayerInputs,
-    reverse: tuple[bool, ...],
-    return_cells: bool = False,
-    reset_after: bool = True,
-) -> backends.Request:
-    return backends.Request(
-        cell,
-        inputs.x.device.type,
-        inputs.w_hh.dtype,
-        reverse,
-        inputs.flags is not None,
-        return_cells,
-        reset_after,
-        inputs.w_ih is None,
-        *_sizes(inputs),
-    )
 
 
 def _sizes(inputs: LayerInputs):
@@ -320,16 +197,26 @@ def _run_layer(
 ):
     w_hh = inputs.w_hh
     io = w_hh.dtype
-    _same_device(inputs)
-    _same_dtype(inputs)
-    request = _request(cell, inputs, reverse, return_cells, reset_after)
+    same_device(inputs)
+    same_dtype(inputs)
+    request = backends.Request(
+        cell,
+        inputs.x.device.type,
+        io,
+        reverse,
+        inputs.flags is not None,
+        return_cells,
+        reset_after,
+        inputs.w_ih is None,
+        *_sizes(inputs),
+    )
     name = backends.choose(request, backend)
     keep = tape == "keep"
     spec = LayerSpec(cell, name, reverse, reset_after, relu, keep, ragged)
     if name == "torch":
         asked = (backend or backends.current_backend()) == name
         plain = asked or torch.compiler.is_compiling() or autograd.transformed()
-        if plain or not _needs_gradient(inputs):
+        if plain or not needs_gradient(inputs):
             return _torch_layer(cell, inputs, len(reverse), relu)
 
         def run(given: LayerInputs):
@@ -339,7 +226,7 @@ def _run_layer(
         return y, h_n, (c_n[0] if c_n else None), None
     if name == "reference":
         outputs = autograd.reference_forward(spec, inputs)
-    elif _needs_gradient(inputs):
+    elif needs_gradient(inputs):
         outputs = autograd.scan_function().apply(spec, *inputs)
     else:
         spec = spec._replace(keep_gates=False)

@@ -11,17 +11,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn.autograd import LayerInputs
-from fused_rnn.functional import (
-    TAPES,
-    check_lengths,
-    check_reset,
-    infer,
-    make_flags,
-    may_infer,
-    run_layer,
-    run_wave,
-    wave_chunk,
-)
+from fused_rnn.functional import TAPES, check_lengths, check_reset, make_flags, run_layer
+from fused_rnn.models import infer, may_infer, run_wave, wave_chunk
 from fused_rnn.packing import Packing
 from fused_rnn.wavefront import WaveLayer
 
@@ -73,6 +64,10 @@ class _FusedRNNBase(torch.nn.RNNBase):
             weights.append(parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts))
         return weights
 
+    def _may_infer(self, x: Tensor) -> bool:
+        drops = self.training and self.dropout and self.num_layers > 1
+        return not drops and may_infer(x)
+
     def _infer(self, x: Tensor, hx, flags):
         """Every layer on x by one operator: y and the final states; None where that cannot be."""
         held = self._parameters
@@ -100,8 +95,7 @@ class _FusedRNNBase(torch.nn.RNNBase):
         if x.shape[0] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         directions = 2 if self.bidirectional else 1
-        dropped = self.training and self.dropout and self.num_layers > 1
-        if not return_cells and not dropped and may_infer(x):
+        if not return_cells and self._may_infer(x):
             found = self._infer(x, hx, flags)
             if found is not None:
                 return *found, ()
@@ -144,7 +138,7 @@ class _FusedRNNBase(torch.nn.RNNBase):
 
     def _run(self, input, hx, lengths, reset, return_cells: bool = False):
         """forward() of the three modules; hx is a tuple of states or None, and so it returns."""
-        if lengths is None and reset is None and not return_cells and may_infer(input):
+        if lengths is None and reset is None and not return_cells and self._may_infer(input):
             found = self._run_plain(input, hx)  # single steps are made of little else than checks
             if found is not None:
                 return *found, ()
@@ -190,8 +184,6 @@ class _FusedRNNBase(torch.nn.RNNBase):
         """A batch without lengths or reset by one operator; None where that cannot be, or where an
         argument is wrong, which is then said elsewhere."""
         if input.dim() != 3 or input.shape[2] != self.input_size:
-            return None
-        if self.training and self.dropout and self.num_layers > 1:
             return None
         x = input.transpose(0, 1) if self.batch_first else input
         steps, rows, _ = x.shape

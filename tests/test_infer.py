@@ -8,7 +8,7 @@ from conftest import UNDER_TEST  # noqa: F401  (the environment it sets)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_rnn
-from fused_rnn import functional, modules
+from fused_rnn import backends, models
 
 FLAVOURS = ["LSTM", "GRU", "RNN"]
 layers = torch.ops.fused_rnn.cpu_layers.default
@@ -36,16 +36,13 @@ def taken(monkeypatch):
         calls.append(args)
         return layers(*args)
 
-    monkeypatch.setattr(functional, "_cpu_layers", counted)
+    monkeypatch.setattr(models, "_cpu_layers", counted)
     return calls
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("proj", [0, 3])
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("flavour, proj", [*((name, 0) for name in FLAVOURS), ("LSTM", 3)])
 def test_same_bits(taken, flavour, proj, dtype):
-    if proj and flavour != "LSTM":
-        pytest.skip("only the LSTM has a projection")
     options = {"proj_size": proj} if proj else {}
     torch.manual_seed(0)
     for number, both, bias, first in itertools.product((1, 3), *((False, True),) * 3):
@@ -205,7 +202,7 @@ def test_wrong_arguments_of_a_module_say_what_torch_says(taken):
 
 
 def test_no_extension(monkeypatch, taken):
-    monkeypatch.setattr(functional.backends, "extension_missing", lambda: True)
+    monkeypatch.setattr(backends, "extension_missing", lambda: True)
     with torch.no_grad():
         fused_rnn.GRU(4, 8)(torch.randn(3, 2, 4))
-    assert not taken and modules.may_infer is functional.may_infer
+    assert not taken

@@ -290,23 +290,17 @@ __attribute__((noinline)) void direct_rows(const Weights& w, int64_t at, const B
   for (int i = 0; i < kRows * vectors; ++i) total[i].store(tile + i * kWidth);
 }
 
-template <class T, int kRows = kDirectRows>
-FN void direct_rows_of(int rows, const Weights& w, int64_t at, const Blocks& blocks, int64_t block,
-                       const T* x, int64_t ld, T* tile) {
-  if constexpr (kRows > 0) {
-    if (rows == kRows) return direct_rows<T, kRows>(w, at, blocks, block, x, ld, tile);
-    direct_rows_of<T, kRows - 1>(rows, w, at, blocks, block, x, ld, tile);
-  }
-}
-
 // As tile_product for up to kDirectRows rows x [rows, depth], `ld` apart, and a block of weights
 // that are not packed, whose units lie one after another (column == 1) or side by side (unit == 1):
 // packing what is used once costs more than it saves. `at` is where the stack entry's weights
 // begin.
-template <class T>
-void direct_product(int rows, const Weights& w, int64_t at, const Blocks& blocks, int64_t block,
-                    const T* x, int64_t ld, T* tile) {
-  direct_rows_of<T>(rows, w, at, blocks, block, x, ld, tile);
+template <class T, int kRows = kDirectRows>
+FN void direct_product(int rows, const Weights& w, int64_t at, const Blocks& blocks, int64_t block,
+                       const T* x, int64_t ld, T* tile) {
+  if constexpr (kRows > 0) {
+    if (rows == kRows) return direct_rows<T, kRows>(w, at, blocks, block, x, ld, tile);
+    direct_product<T, kRows - 1>(rows, w, at, blocks, block, x, ld, tile);
+  }
 }
 
 // The panel of one block; `at` is where the stack entry's weights begin.

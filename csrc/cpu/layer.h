@@ -1,4 +1,4 @@
-// What the operators of whole layers share: memory, and the input projection.
+// What the operators of whole layers share: memory, the input projection, a scan of any cell.
 #pragma once
 
 #include "types.h"
@@ -15,6 +15,54 @@ class Buffer {
 
  private:
   void* data_;
+};
+
+inline int64_t gates_of(int64_t cell) {
+  STD_TORCH_CHECK(0 <= cell && cell <= 2, "cell must be 0, 1 or 2, got ", cell);
+  return cell == 0 ? 4 : cell == 1 ? 3 : 1;
+}
+
+// A forward scan of any cell; what the cell has not stays null.
+struct AnyForward {
+  Layer layer;
+  Rows gates_x, h0, c0, w_hh, w_hr, b_hn, y, h_n, c_n, cells, gates;
+  bool relu = false;
+
+  void run(int64_t cell, DType acc) const {
+    if (cell == 0) {
+      const LstmForward p{.layer = layer,
+                          .gates_x = gates_x,
+                          .h0 = h0,
+                          .c0 = c0,
+                          .w_hh = w_hh,
+                          .w_hr = w_hr,
+                          .y = y,
+                          .h_n = h_n,
+                          .c_n = c_n,
+                          .cells = cells,
+                          .gates = gates};
+      chosen_kernels().lstm_forward(p, acc);
+    } else if (cell == 1) {
+      const GruForward p{.layer = layer,
+                         .gates_x = gates_x,
+                         .h0 = h0,
+                         .w_hh = w_hh,
+                         .b_hn = b_hn,
+                         .y = y,
+                         .h_n = h_n,
+                         .gates = gates};
+      chosen_kernels().gru_forward(p, acc);
+    } else {
+      const RnnForward p{.layer = layer,
+                         .gates_x = gates_x,
+                         .h0 = h0,
+                         .w_hh = w_hh,
+                         .y = y,
+                         .h_n = h_n,
+                         .relu = relu};
+      chosen_kernels().rnn_forward(p, acc);
+    }
+  }
 };
 
 inline void* data_of(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }

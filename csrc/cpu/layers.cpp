@@ -22,8 +22,8 @@ class Model {
   Model(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0,
         const std::vector<Tensor>& weights, const MaybeTensor& flags, int64_t cell, bool bias,
         bool projected, bool bidirectional, bool relu)
-      : cell_(cell), relu_(relu), directions_(bidirectional ? 2 : 1), x_(x), flags_(flags) {
-    STD_TORCH_CHECK(0 <= cell && cell <= 2, "cell must be 0, 1 or 2, got ", cell);
+      : cell_(cell), relu_(relu), directions_(bidirectional ? 2 : 1), x_(x) {
+    gates_ = gates_of(cell);
     STD_TORCH_CHECK(x.is_cpu(), "x must be a CPU tensor");
     STD_TORCH_CHECK(!projected || cell == 0, "only the LSTM has a projection");
     const size_t each = 2 + 2 * bias + projected;
@@ -35,7 +35,6 @@ class Model {
     steps_ = x.size(0), batch_ = x.size(1);
     STD_TORCH_CHECK(steps_ > 0, "x must have steps");
     STD_TORCH_CHECK(weights[1].dim() == 2, "w_hh must have shape [G*H, P]");
-    gates_ = cell == 0 ? 4 : cell == 1 ? 3 : 1;
     hidden_ = weights[1].size(0) / gates_, out_ = weights[1].size(1);
     STD_TORCH_CHECK(hidden_ > 0 && (projected || hidden_ == out_), "w_hh must have shape [", gates_,
                     "*H, H] with H > 0, got ", shape_of(weights[1]));
@@ -131,12 +130,12 @@ class Model {
     };
     const int64_t apart = (address(last) - address(first)) / size_of(io_);
     const int64_t row = first.dim() == 2 ? first.stride(0) : 0;
-    auto* data = static_cast<char*>(const_cast<void*>(first.const_data_ptr()));
+    auto* data = static_cast<char*>(data_of(first));
     return Rows{data + skip * size_of(io_), io_, 0, row, apart};
   }
   Rows state(const MaybeTensor& t, int64_t layer, int64_t size) const {
     if (!t) return Rows{nullptr, io_, 0, 0, 0};
-    return state_at(const_cast<void*>(t->const_data_ptr()), layer, size);
+    return state_at(data_of(*t), layer, size);
   }
   Rows state_at(void* data, int64_t layer, int64_t size) const {
     const int64_t entry = batch_ * size;
@@ -149,28 +148,17 @@ class Model {
     const int64_t width = directions_ * out_, all = steps_ * batch_;
     Layer l{steps_, batch_, directions_, hidden_, out_, nullptr, kReverse};
     if (flags_) l.flags = static_cast<const uint8_t*>(flags_->const_data_ptr());
-    const Rows gates_x{gates.at(), acc_, (batch_first ? 1 : batch_) * rows(),
-                       (batch_first ? steps_ : 1) * rows(), all * rows()};
-    const Rows w_hh = weight(first.w_hh, last.w_hh);
-    const Rows y{to, io_, batch_ * width, width, out_};
-    const Rows h0 = state(h0_, layer, out_), h_n = state_at(h_n_, layer, out_);
-    if (cell_ == 0) {
-      LstmForward p;
-      p.layer = l, p.gates_x = gates_x, p.h0 = h0, p.c0 = state(c0_, layer, hidden_);
-      p.w_hh = w_hh, p.y = y, p.h_n = h_n, p.c_n = state_at(c_n_, layer, hidden_);
-      if (first.w_hr) p.w_hr = weight(*first.w_hr, *last.w_hr);
-      chosen_kernels().lstm_forward(p, acc_);
-    } else if (cell_ == 1) {
-      GruForward p;
-      p.layer = l, p.gates_x = gates_x, p.h0 = h0, p.w_hh = w_hh, p.y = y, p.h_n = h_n;
-      if (first.b_hh) p.b_hn = weight(*first.b_hh, *last.b_hh, 2 * hidden_);
-      chosen_kernels().gru_forward(p, acc_);
-    } else {
-      RnnForward p;
-      p.layer = l, p.gates_x = gates_x, p.h0 = h0, p.w_hh = w_hh, p.y = y, p.h_n = h_n;
-      p.relu = relu_;
-      chosen_kernels().rnn_forward(p, acc_);
-    }
+    AnyForward p;
+    p.layer = l, p.relu = relu_;
+    p.gates_x = Rows{gates.at(), acc_, (batch_first ? 1 : batch_) * rows(),
+                     (batch_first ? steps_ : 1) * rows(), all * rows()};
+    p.w_hh = weight(first.w_hh, last.w_hh);
+    p.y = Rows{to, io_, batch_ * width, width, out_};
+    p.h0 = state(h0_, layer, out_), p.h_n = state_at(h_n_, layer, out_);
+    if (cell_ == 0) p.c0 = state(c0_, layer, hidden_), p.c_n = state_at(c_n_, layer, hidden_);
+    if (first.w_hr) p.w_hr = weight(*first.w_hr, *last.w_hr);
+    if (cell_ == 1 && first.b_hh) p.b_hn = weight(*first.b_hh, *last.b_hh, 2 * hidden_);
+    p.run(cell_, acc_);
   }
 
   const int64_t cell_;

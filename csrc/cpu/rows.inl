@@ -63,8 +63,8 @@ struct Row {
   }
 };
 
-// Asks for the values of units [u, u + vectors * width) of `parts` gates of a row: memory is slower
-// than the product that comes before they are used.
+// Asks for the values of units [u, u + units) of `parts` gates of a row: memory is slower than the
+// product that comes before they are used.
 FN void ask_for(const Rows& rows, int64_t t, int64_t b, int64_t s, int64_t u, int64_t units,
                 int parts, int64_t hidden) {
   if (rows.data == nullptr) return;

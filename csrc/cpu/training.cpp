@@ -10,11 +10,6 @@
 namespace fused_rnn::cpu {
 namespace {
 
-int64_t gates_of(int64_t cell) {
-  STD_TORCH_CHECK(0 <= cell && cell <= 2, "cell must be 0, 1 or 2, got ", cell);
-  return cell == 0 ? 4 : cell == 1 ? 3 : 1;
-}
-
 // What the two directions of a training step have in common.
 struct Step {
   Arguments take;
@@ -97,29 +92,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_forward(
                    projected.at(s * step.rows * width * size));
   }
   const bool first = sequence.batch_first;
-  const Rows gates_x{projected.at(), acc, (first ? 1 : l.batch) * width,
-                     (first ? l.steps : 1) * width, step.rows * width};
-  if (cell == 0) {
-    LstmForward p;
-    p.layer = l, p.gates_x = gates_x, p.h0 = start, p.w_hh = step.w_hh, p.y = y_rows;
-    p.c0 = step.take.entries("c0", *c0, state, "[S, B, H]");
-    p.h_n = h_rows, p.c_n = c_rows, p.cells = cells_rows, p.gates = gates_rows;
-    chosen_kernels().lstm_forward(p, acc);
-  } else if (cell == 1) {
-    GruForward p;
-    p.layer = l, p.gates_x = gates_x, p.h0 = start, p.w_hh = step.w_hh, p.y = y_rows;
-    p.h_n = h_rows, p.gates = gates_rows;
-    if (b_hh) {
-      char* inside = static_cast<char*>(data_of(b2)) + 2 * l.hidden * size_of(io);
-      p.b_hn = Rows{inside, io, 0, 0, width};
-    }
-    chosen_kernels().gru_forward(p, acc);
-  } else {
-    RnnForward p;
-    p.layer = l, p.gates_x = gates_x, p.h0 = start, p.w_hh = step.w_hh, p.y = y_rows;
-    p.h_n = h_rows, p.relu = relu;
-    chosen_kernels().rnn_forward(p, acc);
+  AnyForward p;
+  p.layer = l, p.h0 = start, p.w_hh = step.w_hh, p.relu = relu;
+  p.gates_x = Rows{projected.at(), acc, (first ? 1 : l.batch) * width,
+                   (first ? l.steps : 1) * width, step.rows * width};
+  p.y = y_rows, p.h_n = h_rows, p.c_n = c_rows, p.cells = cells_rows, p.gates = gates_rows;
+  if (cell == 0) p.c0 = step.take.entries("c0", *c0, state, "[S, B, H]");
+  if (cell == 1 && b_hh) {
+    char* inside = static_cast<char*>(data_of(b2)) + 2 * l.hidden * size_of(io);
+    p.b_hn = Rows{inside, io, 0, 0, width};
   }
+  p.run(cell, acc);
   return {y, h_n, c_n, cells, gates};
 }
 

@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import torch
 
+from fused_rnn.ops import CELLS as CELLS  # in the order in which params.h numbers them
 from fused_rnn.plan import (
     EXCHANGE_CYCLES,
     EXPONENTIAL_INSTRUCTIONS,
@@ -28,7 +29,6 @@ from fused_rnn.plan import chosen as triton_chosen
 
 KERNELS = ("step", "block", "grid", "wide grid")  # as the operators number them
 PRODUCTS = ("bfloat16", "float16", "tf32", "tf32x3", "ieee")  # as csrc/cuda/params.h does
-CELLS = ("lstm", "gru", "rnn")  # likewise
 HALVES = PRODUCTS[:2]  # of 16-bit numbers
 ROWS = 8  # of the batch, of one block scan's block
 UNITS = 16  # of a warp of a block scan, of a block of a grid scan

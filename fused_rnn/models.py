@@ -1,0 +1,113 @@
+"""All layers of a model in one call: by one operator on a CPU where nothing wants a gradient, side
+by side on a GPU. Each has a question, asked first, and the call; functional.py has the way layer by
+layer, which takes everything."""
+
+import torch
+from torch import Tensor
+
+from fused_rnn import autograd, backends, wavefront
+from fused_rnn.autograd import LayerInputs, LayerSpec
+from fused_rnn.functional import cast_inputs, needs_gradient, same_device, same_dtype
+from fused_rnn.ops import ACC_DTYPE, CELLS
+
+_PLAIN = (Tensor, torch.nn.Parameter)  # not their subclasses, which may see every operator
+
+
+def may_infer(x: Tensor) -> bool:
+    """Whether ``fused_rnn::cpu_layers`` may run a model on x: nothing wants a gradient, looks on or
+    casts, and the CPU's kernels are those to be used."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and not torch.is_grad_enabled()
+        and backends.current_backend() in (backends.AUTO, "cpu")
+        and not backends.extension_missing()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and not autograd.transformed()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def infer(cell: str, x: Tensor, hx, weights: list[Tensor], flags, bias, projected, both, relu):
+    """All layers of a model: y [T, B, D*P] and the final states [L*D, B, ...]; None where the
+    tensors are not all plain ones of one dtype on the CPU. Arguments as ``fused_rnn::cpu_layers``
+    has them, hx a tuple of states or None."""
+    dtype = x.dtype
+    for tensors in (weights, hx or ()):
+        for t in tensors:
+            if type(t) not in _PLAIN or t.dtype is not dtype or not t.is_cpu:
+                return None
+    h0, c0 = (None, None) if hx is None else hx if len(hx) == 2 else (hx[0], None)
+    y, h_n, c_n = _cpu_layers(
+        x, h0, c0, weights, flags, CELLS.index(cell), bias, projected, both, relu
+    )
+    return y, (h_n, c_n) if cell == "lstm" else (h_n,)
+
+
+_cpu_layers = torch.ops.fused_rnn.cpu_layers.default
+
+
+def wave_chunk(cell: str, x: Tensor, layers: int, hidden: int) -> int | None:
+    """Steps of a chunk where so many layers of one direction on x [T, B, I], without flags or
+    projection, are to run as a wave; None where one after another. Decided from sizes: no weight is
+    read."""
+    kind = x.device.type
+    if kind != "cuda":
+        # The CUDA backend, emulated. (On a CPU, what autocast casts differs with the cell.)
+        if kind != "cpu" or backends.current_backend() != "cuda" or torch.is_autocast_enabled(kind):
+            return None
+    if torch.compiler.is_compiling() or autograd.transformed():
+        return None
+    steps, rows = x.shape[:2]
+    if type(steps) is not int or type(rows) is not int or not rows or not hidden:
+        return None
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    sizes = () if kind == "cpu" else (x.device.index, rows, hidden)
+    request = backends.Request(cell, kind, dtype, (False,), False, False, True, False, *sizes)
+    if dtype not in ACC_DTYPE or backends.choose(request) != "cuda":
+        return None
+    from fused_rnn.cuda.operators import wave_chunk
+
+    return wave_chunk(cell, x.device, dtype, rows, hidden, layers, steps)
+
+
+def run_wave(
+    cell: str,
+    x: Tensor,
+    layers: list[wavefront.WaveLayer],
+    chunk: int,
+    dropout: float,
+    relu: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Layers of one direction in chunks of so many steps: y [T, B, H] and the final states
+    [L, B, H]."""
+    kind = x.device.type
+    low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    with torch.autocast(kind, enabled=False):
+        inputs = []
+        for layer in layers:
+            given = LayerInputs(x, *layer[:4], None, layer.h0, layer.c0, None)
+            given = given if low is None else cast_inputs(given, low, False)
+            x = given.x  # cast once
+            same_device(given)
+            same_dtype(given)
+            inputs.append(given)
+        io = inputs[0].w_hh.dtype
+        if any(given.w_hh.dtype != io for given in inputs):
+            raise RuntimeError(
+                "expected all layers in one dtype, got "
+                + ", ".join(str(given.w_hh.dtype) for given in inputs)
+            )
+        layers = [wavefront.WaveLayer(*given[1:5], given.h0, given.c0) for given in inputs]
+        spec = wavefront.WaveSpec(LayerSpec(cell, "cuda", (False,), relu=relu), chunk, dropout)
+        kept: list[Tensor | None] = [None] * (len(layers) - 1)
+        if dropout:  # drawn as for layers one after another
+            ones = torch.ones((*x.shape[:2], inputs[0].w_hh.shape[2]), dtype=io, device=x.device)
+            kept = [torch.nn.functional.dropout(ones, dropout) != 0 for _ in kept]
+        if any(needs_gradient(given) for given in inputs):
+            flat = (t for layer in layers for t in layer)
+            y, *finals = wavefront.Wave.apply(spec, len(layers), x, *flat, *kept)
+        else:
+            y, *finals, _ = wavefront.forward(spec, x, layers, [*kept, None], training=False)
+        return y, tuple(state.to(io) for state in finals if state is not None)
