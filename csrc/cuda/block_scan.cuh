@@ -8,7 +8,7 @@
 namespace fused_rnn::cuda {
 
 // Steps by which a sequence is brought into L2 ahead of its use: memory takes 0.6 us, a step 0.3.
-constexpr int64_t kAhead = 4;
+constexpr int kAhead = 4;
 
 // All of a block's shared memory.
 template <class Traits>
@@ -32,22 +32,22 @@ block_forward(FUSED_RNN_PARAMS Params<typename Lane::Call> params) {
   BlockShared<Traits>& shared = shared_memory<BlockShared<Traits>>();
   const BlockPlace place(layer, params.first_entry);
   const bool backwards = is_reversed(params, block_y());
-  const int64_t T = layer.steps, H = layer.hidden;
+  const int T = static_cast<int>(layer.steps), H = place.hidden;
 
   // Prologue: weights, the state before the first step, the first step's inputs.
   const int steps = steps_of<Traits>(H);
-  const int64_t first_unit = thread_index() / 32 * kUnits;
+  const int first_unit = thread_index() / 32 * kUnits;
   Weights<Traits> weights;
   weights.fill(shared.weights, steps, [&](int gate, int m, int k) -> uint32_t {
-    const int64_t unit = first_unit + m;
+    const int unit = first_unit + m;
     return unit < H && k < H ? weight_bits<kProduct>(p.w_hh, place.entry, gate * H + unit, k) : 0;
   });
   clear(shared.operands);
   Lane lane;
   lane.start(p, place);
   int bits[2];
-  int64_t t = backwards ? T - 1 : 0;
-  const int64_t direction = backwards ? -1 : 1;
+  int t = backwards ? T - 1 : 0;
+  const int direction = backwards ? -1 : 1;
   get_flags(bits, place, layer, t);
   lane.read(p, place, t);
   barrier();
@@ -60,7 +60,7 @@ block_forward(FUSED_RNN_PARAMS Params<typename Lane::Call> params) {
 
   // One step: product, gate arithmetic, the state for the next.
   FUSED_RNN_NO_UNROLL
-  for (int64_t step = 0; step < T; ++step) {
+  for (int step = 0; step < T; ++step) {
     const bool more = step + 1 < T;
     int next_bits[2];
     get_flags(next_bits, place, layer, t + direction, more);
@@ -81,9 +81,9 @@ block_forward(FUSED_RNN_PARAMS Params<typename Lane::Call> params) {
       cuda::place(shared.operands[(step + 1) % 2], 0, place.tile_row + i % 2, place.unit(i),
                   place.is[i] && !cut[i % 2] ? lane.h[i] : 0.0f);
     }
+    lane.write(p, place, t, live);
     FUSED_RNN_UNROLL
     for (int i = 0; i < kSlots; ++i) {
-      if (place.is[i]) lane.write(p, place, t, i, live[i % 2]);
       if (cut[i % 2]) lane.zero(i);
     }
     t += direction;
@@ -119,20 +119,20 @@ block_backward(FUSED_RNN_PARAMS Params<typename Lane::Call> params) {
   BlockShared<Traits>& shared = shared_memory<BlockShared<Traits>>();
   const BlockPlace place(layer, params.first_entry);
   const bool backwards = is_reversed(params, block_y());
-  const int64_t T = layer.steps, H = layer.hidden;
+  const int T = static_cast<int>(layer.steps), H = place.hidden;
 
   // Prologue: transposed weights, the final state's gradients, the last step's tape.
   const int steps = steps_of<Traits>(H);
-  const int64_t first_unit = thread_index() / 32 * kUnits;
+  const int first_unit = thread_index() / 32 * kUnits;
   Weights<Traits> weights;
   weights.fill(shared.weights, steps, [&](int gate, int m, int k) -> uint32_t {
-    const int64_t unit = first_unit + m;
+    const int unit = first_unit + m;
     return unit < H && k < H ? weight_bits<kProduct>(p.w_hh, place.entry, gate * H + k, unit) : 0;
   });
   clear(shared.operands);
   Lane lane;
-  int64_t t = backwards ? 0 : T - 1;
-  const int64_t direction = backwards ? 1 : -1;
+  int t = backwards ? 0 : T - 1;
+  const int direction = backwards ? 1 : -1;
   lane.start(p, place);
   lane.begin(p, place, t);
   int bits[2];
@@ -142,7 +142,7 @@ block_backward(FUSED_RNN_PARAMS Params<typename Lane::Call> params) {
 
   // One step, from the last taken by the forward scan to the first.
   FUSED_RNN_NO_UNROLL
-  for (int64_t step = 0; step < T; ++step) {
+  for (int step = 0; step < T; ++step) {
     const bool more = step + 1 < T;
     int next_bits[2];
     get_flags(next_bits, place, layer, t + direction, more);
@@ -167,10 +167,7 @@ block_backward(FUSED_RNN_PARAMS Params<typename Lane::Call> params) {
                     place.is[i] && passes[i % 2] ? lane.d[gate][i] : 0.0f);
       }
     }
-    FUSED_RNN_UNROLL
-    for (int i = 0; i < kSlots; ++i) {
-      if (place.is[i]) lane.write(p, place, t, i);
-    }
+    lane.write(p, place, t);
     t += direction;
     bits[0] = next_bits[0], bits[1] = next_bits[1];
     if (more) lane.read(p, place, t, t + direction, step + 2 < T);

@@ -43,7 +43,7 @@ struct Kernel {
     const int groups = groups_of(rows);
     constexpr int kBlock = Traits::kBlockUnits;
     return {(hidden + kBlock - 1) / kBlock, grid_shared_bytes<Lane, Traits>(hidden, groups),
-            grid_exchange_bytes<Traits>(hidden, groups), !Traits::kScatters};
+            grid_exchange_bytes<Traits>(hidden, groups), groups, !Traits::kScatters};
   }
   static int groups_of(int64_t rows) {
     return static_cast<int>((rows + kGroupRows - 1) / kGroupRows);
@@ -85,7 +85,6 @@ struct Kernel {
     argument.groups = groups_of(work.tile.rows);
     argument.exchange = work.exchange;
     argument.arrived = work.arrived;
-    argument.arrived_stride = work.arrived_stride;
     argument.claimed = work.claimed;
     argument.lost = lost_record();
     argument.patience = kPatience;
@@ -98,7 +97,7 @@ struct Kernel {
   }
 
 #if defined(FUSED_RNN_EMULATOR)
-  static constexpr uint64_t kPatience = 1 << 14, kPause = UINT64_MAX;  // polls
+  static constexpr uint64_t kPatience = 1 << 8, kPause = UINT64_MAX;  // looks at the clock
   static constexpr int64_t kEmulatedBlocks = 96;
   static constexpr size_t kEmulatedShared = 227 * 1024;
 #else

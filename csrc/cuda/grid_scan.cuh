@@ -6,11 +6,13 @@
 // tile's rows are taken in groups of 16, which follow one another through a step: while one group's
 // operand is on its way, the next is computed.
 //
-// Synchronization. arrived[pair][slice] counts the operands a block has published, a group at a
-// time. A block writes an operand, its threads meet, one raises the count by a release; a warp
-// that is to read waits by acquire until the blocks it reads from have come as far. Operands lie
-// twice in memory, by the parity of the step: what a block overwrites was read by all others before
-// they published the operand it has since read.
+// Synchronization. arrived[pair][group] counts the operands that blocks have published. A block
+// writes an operand, its threads meet, one raises the count by a release; one waits by acquire
+// until all blocks of the pair have come as far, then the threads meet and read. (A count all add
+// to and one thread a block looks at: words of their own, which all look at, took twice as long to
+// come round on an H100, and longer with every block.) Operands lie twice in memory, by the parity
+// of the step: what a block overwrites was read by all others before they published the operand it
+// has since read.
 //
 // A wait that lasts too long is given up, and what happened is left for the host to read. The block
 // publishes nothing more, so the others give up too; results become NaN.
@@ -24,51 +26,33 @@
 
 namespace fused_rnn::cuda {
 
-// Steps by which a sequence is brought into L2 ahead of its use: memory takes 0.6 us, a step 1.5.
-constexpr int64_t kGridAhead = 2;
-
 // A thread's slots: one row of the group at hand, and one unit of each 16 of the block's.
 template <int kUnitTiles>
 struct GridPlace {
   static constexpr int kSlots = kUnitTiles, kLaneUnits = kUnitTiles, kLaneRows = 1;
-  int64_t entry, batch, hidden;  // batch: where the tile's rows end
-  int64_t first_row;             // of the group
-  int first_unit;                // the first slot's
+  int entry, end, hidden;  // end: of the tile's rows
+  int first_row;           // of the group
+  int first_unit;          // the first slot's
   bool is[kSlots];
 
   static FUSED_RNN_DEVICE constexpr int unit_index(int slot) { return slot; }
   static FUSED_RNN_DEVICE constexpr int slot_of_unit(int n) { return n; }
   static FUSED_RNN_DEVICE int tile_row() { return thread_index() / kUnits; }
-  FUSED_RNN_DEVICE int64_t row(int) const { return first_row + tile_row(); }
+  FUSED_RNN_DEVICE int row(int) const { return first_row + tile_row(); }
+  FUSED_RNN_DEVICE bool row_is(int n) const { return row(n) < end; }
   FUSED_RNN_DEVICE int unit(int slot) const { return first_unit + slot * kUnits; }
   // (In 32 bits what differs between threads, as in rows.cuh: 16 rows lie within reach.)
-  FUSED_RNN_DEVICE int64_t at(const Rows& rows, int64_t t, int slot) const {
-    return t * rows.step + first_row * rows.row + entry * rows.entry +
-           (tile_row() * static_cast<int>(rows.row) + unit(slot));
+  FUSED_RNN_DEVICE int64_t at(const Rows& rows, int t) const {
+    return times(t, rows.step) + times(first_row, rows.row) + times(entry, rows.entry) +
+           (tile_row() * static_cast<int>(rows.row) + first_unit);
   }
-  FUSED_RNN_DEVICE void move_to(int64_t row) {
+  static FUSED_RNN_DEVICE int beyond(const Rows&, int slot) { return slot * kUnits; }
+  FUSED_RNN_DEVICE void move_to(int row) {
     first_row = row;
     FUSED_RNN_UNROLL
-    for (int i = 0; i < kSlots; ++i) is[i] = this->row(0) < batch && unit(i) < hidden;
+    for (int i = 0; i < kSlots; ++i) is[i] = row_is(0) && unit(i) < hidden;
   }
 };
-
-// Brings what the block reads of a tensor of `width` elements, hidden ones of each gate, at step t
-// into L2: a line or two of each row and gate.
-template <int kUnitTiles>
-FUSED_RNN_DEVICE void prefetch_rows(const GridPlace<kUnitTiles>& place, const Rows& rows, int64_t t,
-                                    int64_t width) {
-  const int lane = thread_index() % kUnits;
-  if (rows.data == nullptr || (lane != 0 && lane != kUnits - 1)) return;
-  const int size = rows.dtype == DType::kFloat32 ? 4 : 2;
-  FUSED_RNN_UNROLL
-  for (int i = 0; i < kUnitTiles; ++i) {
-    if (!place.is[i]) continue;
-    for (int64_t gate = 0; gate < width; gate += place.hidden) {
-      prefetch(static_cast<const unsigned char*>(rows.data) + (place.at(rows, t, i) + gate) * size);
-    }
-  }
-}
 
 // Scattering: the block's own operand, of a group.
 template <class Traits>
@@ -131,28 +115,26 @@ class GridBlock {
       : params_(params), shared_(shared_memory<GridShared<Traits>>()) {
     const Layer& layer = params.params.call.layer;
     const int64_t pair = params.first_pair + block_y();
-    place.entry = pair / params.tiles;
-    place.hidden = layer.hidden;
-    first_row_ = pair % params.tiles * params.rows;
-    const int64_t end = first_row_ + params.rows;
-    place.batch = end < layer.batch ? end : layer.batch;
+    place.entry = static_cast<int>(pair / params.tiles);
+    place.hidden = static_cast<int>(layer.hidden);
+    first_row_ = static_cast<int>(pair % params.tiles * params.rows);
+    const int64_t end = int64_t{first_row_} + params.rows;
+    place.end = static_cast<int>(end < layer.batch ? end : layer.batch);
     begin_group(0);
-    groups = static_cast<int>((place.batch - first_row_ + kGroupRows - 1) / kGroupRows);
+    groups = (place.end - first_row_ + kGroupRows - 1) / kGroupRows;
     backwards =
-        is_reversed(params.params, static_cast<int>(place.entry - params.params.first_entry));
+        is_reversed(params.params, place.entry - static_cast<int>(params.params.first_entry));
 
     const int blocks = unit_blocks<Traits>(layer.hidden), warp = thread_index() / 32;
     const int first = first_of_warp(blocks, warp), end_block = first_of_warp(blocks, warp + 1);
     constexpr int kPieces = Traits::kScatters ? 1 : Traits::kSources;  // of a block of units
     first_piece_ = first * kPieces;
     pieces_ = (end_block - first) * kPieces;
-    first_slice_ = first * (Traits::kPairUnits / Traits::kBlockUnits);
-    const int slices = end_block * (Traits::kPairUnits / Traits::kBlockUnits);
-    end_slice_ = slices < block_count_x() ? slices : block_count_x();
     chunk_quads_ = chunk_quads<Traits>(layer.hidden);
-    group_quads_ = group_quads<Traits>(layer.hidden);
-    exchange_ = static_cast<Quad*>(params.exchange) + block_y() * 2 * params.groups * group_quads_;
-    arrived_ = params.arrived + static_cast<int64_t>(block_y()) * params.arrived_stride;
+    group_quads_ = static_cast<int>(group_quads<Traits>(layer.hidden));
+    exchange_ =
+        static_cast<Quad*>(params.exchange) + int64_t{block_y()} * 2 * params.groups * group_quads_;
+    arrived_ = params.arrived + int64_t{block_y()} * params.groups * kCountWords;
     // After one that was lost, as of a graph that is replayed, nobody waits again.
     lost_ = barrier_any(thread_index() == 0 && load_system(&params.lost->raised) != 0);
     states_ = reinterpret_cast<float*>(shared_.weights + grid_weight_quads<Traits>(layer.hidden)) +
@@ -164,7 +146,7 @@ class GridBlock {
   template <class Element>
   FUSED_RNN_DEVICE void fill(const Element& element) {
     const int first_unit = block_x() * Traits::kBlockUnits;
-    const int64_t H = place.hidden;
+    const int H = place.hidden;
     weights_.fill(shared_.weights, room_of<Traits>(H), first_piece_, pieces_,
                   [&](int gate, int m, int k) -> uint32_t {
                     const int unit = Traits::kScatters ? m : first_unit + m;
@@ -196,33 +178,33 @@ class GridBlock {
   }
 
   // The product with the group's operand number `number` (0, 1, ...), once all have published it.
-  FUSED_RNN_DEVICE ThreadSums<Traits> receive(int64_t number, int group) {
-    bool vain = lost_ || await(number, group);
-    const Quad* operand = operand_of(number, group);
+  FUSED_RNN_DEVICE ThreadSums<Traits> receive(int number, int group) {
     ThreadSums<Traits> total;
-    if constexpr (Traits::kScatters) {
-      lost_ = barrier_any(vain);
-      if (!lost_ && Place::tile_row() < 8 * chunks()) collect(total, operand);
-    } else {
-      if (!vain) {
-        WarpSums<Traits> sums;
-        operand += first_piece_ * Traits::kParts * 32 + thread_index() % 32;
-        if (chunks() == 2) {
-          weights_.template multiply<2>(sums, operand, chunk_quads_);
-        } else {
-          weights_.template multiply<1>(sums, operand, chunk_quads_);
-        }
-        store_sums(shared_.product, sums, chunks());
-      }
-      lost_ = barrier_any(vain);
-      if (!lost_) add_sums(total, shared_.product, chunks());
+    lost_ = barrier_any(thread_index() == 0 && (lost_ || await(number, group)));
+    if (lost_) {
+      total.spoil();
+      return total;
     }
-    if (lost_) total.spoil();
+    const Quad* operand = operand_of(number, group);
+    if constexpr (Traits::kScatters) {
+      if (Place::tile_row() < 8 * chunks()) collect(total, operand);
+    } else {
+      WarpSums<Traits> sums;
+      operand += first_piece_ * Traits::kParts * 32 + thread_index() % 32;
+      if (chunks() == 2) {
+        weights_.template multiply<2>(sums, operand, chunk_quads_);
+      } else {
+        weights_.template multiply<1>(sums, operand, chunk_quads_);
+      }
+      store_sums(shared_.product, sums, chunks());
+      barrier();
+      add_sums(total, shared_.product, chunks());
+    }
     return total;
   }
 
   // Writes a slot's number of the operand `number`.
-  FUSED_RNN_DEVICE void put(int64_t number, int group, int source, int slot, float value) {
+  FUSED_RNN_DEVICE void put(int number, int group, int source, int slot, float value) {
     const int row = Place::tile_row();
     if constexpr (Traits::kScatters) {
       cuda::place<Traits>(&shared_.product.of[row / 8][0][0], source, row % 8,
@@ -233,25 +215,26 @@ class GridBlock {
     }
   }
   // All threads have: the others may read it. (And the sums may be overwritten.)
-  FUSED_RNN_DEVICE void publish(int64_t number, int group) {
+  FUSED_RNN_DEVICE void publish(int number, int group) {
     if constexpr (Traits::kScatters) {
       barrier();
       if (!lost_) scatter(operand_of(number, group));
     }
     barrier();
-    if (thread_index() == 0 && !lost_) store_release(arrived_ + block_x(), count_of(number, group));
+    if (thread_index() == 0 && !lost_) add_release(count(group), 1);
   }
 
  private:
   static constexpr int kStates = Lane::kStates * Place::kSlots;
+  static constexpr int kLooks = 64;  // between two at the clock
   FUSED_RNN_DEVICE float* state(int group, int i) const {
     return states_ + (group * kStates + i) * kGridThreads;
   }
-  FUSED_RNN_DEVICE Quad* operand_of(int64_t number, int group) const {
+  FUSED_RNN_DEVICE Quad* operand_of(int number, int group) const {
     return exchange_ + (number % 2 * params_.groups + group) * group_quads_;
   }
   // Of the group at hand, that have rows.
-  FUSED_RNN_DEVICE int chunks() const { return place.batch - place.first_row > 8 ? 2 : 1; }
+  FUSED_RNN_DEVICE int chunks() const { return place.end - place.first_row > 8 ? 2 : 1; }
 
   // The parcels for the other blocks, and for this one.
   FUSED_RNN_DEVICE void scatter(Quad* operand) {
@@ -290,50 +273,47 @@ class GridBlock {
       for (int i = 0; i < kTogether; ++i) total.of[0] += part[i];
     }
   }
-  FUSED_RNN_DEVICE uint32_t count_of(int64_t number, int group) const {
-    return static_cast<uint32_t>(number * groups + group + 1);
-  }
+  FUSED_RNN_DEVICE uint32_t* count(int group) const { return arrived_ + group * kCountWords; }
 
-  // Until the blocks the warp has to do with have published an operand: whether it was in vain.
-  // (Gathering it reads of these alone; scattering the warps meet, and have waited for all.)
-  FUSED_RNN_DEVICE bool await(int64_t number, int group) {
-    const uint32_t count = count_of(number, group);
-    bool vain = false;
-    for (int slice = first_slice_ + thread_index() % 32; slice < end_slice_; slice += 32) {
-      const uint32_t* at = arrived_ + slice;
-      if (load_acquire(at) >= count) continue;
-      uint64_t since = now(), last = since;
-      while (load_acquire(at) < count && !vain) {
-        const uint64_t time = now();
-        if (time - last > params_.pause) since = time;  // the GPU did something else meanwhile
-        last = time;
-        if (time - since > params_.patience) {
-          vain = true;
-          report(number, slice);
-        }
+  // Until all blocks of the pair have published an operand: whether it was in vain. (Blocks publish
+  // nothing further before all have come as far, so a count that has gone round is no older one.)
+  FUSED_RNN_DEVICE bool await(int number, int group) {
+    const uint32_t* at = count(group);
+    const uint32_t all = (static_cast<uint32_t>(number) + 1) * block_count_x();
+    uint64_t since = 0, last = 0;
+    while (true) {
+      int missing = 0;
+      FUSED_RNN_NO_UNROLL
+      for (int look = 0; look < kLooks; ++look) {
+        missing = static_cast<int>(all - load_acquire(at));
+        if (missing <= 0) return false;
+      }
+      const uint64_t time = now();
+      // Begins, or the GPU did something else meanwhile.
+      if (last == 0 || time - last > params_.pause) since = time;
+      last = time;
+      if (time - since > params_.patience) {
+        report(number, missing);
+        return true;
       }
     }
-    warp_barrier();
-    return any(vain);
   }
   // Leaves word for the host of the first wait that was given up.
-  FUSED_RNN_DEVICE void report(int64_t number, int slice) const {
+  FUSED_RNN_DEVICE void report(int number, int missing) const {
     if (add_relaxed(params_.claimed, 1) != 0) return;
     Lost* lost = params_.lost;
     store(&lost->scan, params_.scan);
-    store(&lost->step, number);
+    store(&lost->step, int64_t{number});
     store(&lost->block_x, block_x());
     store(&lost->block_y, block_y());
-    store(&lost->awaited, slice);
+    store(&lost->missing, missing);
     store_release_system(&lost->raised, 1);
   }
 
   const GridParams<Call>& params_;
   GridShared<Traits>& shared_;
   GridWeights<Traits> weights_;
-  int64_t first_row_;
-  int first_piece_, pieces_, first_slice_, end_slice_, chunk_quads_;
-  int64_t group_quads_;
+  int first_row_, first_piece_, pieces_, chunk_quads_, group_quads_;
   bool lost_;  // of all threads alike
   Quad* exchange_;
   uint32_t* arrived_;
@@ -350,15 +330,15 @@ grid_forward(FUSED_RNN_PARAMS GridParams<typename Lane::Call> params) {
   const auto& place = block.place;
   constexpr int kSlots = Lane::kSlots;
   const bool backwards = block.backwards;
-  const int64_t T = layer.steps, H = layer.hidden;
+  const int T = static_cast<int>(layer.steps), H = place.hidden;
 
   // Prologue: weights, the state before the first step, which is the first operand.
-  block.fill([&](int gate, int64_t unit, int64_t k) {
+  block.fill([&](int gate, int unit, int k) {
     return weight_bits<kProduct>(p.w_hh, place.entry, gate * H + unit, k);
   });
   Lane lane;
-  int64_t t = backwards ? T - 1 : 0;
-  const int64_t direction = backwards ? -1 : 1;
+  int t = backwards ? T - 1 : 0;
+  const int direction = backwards ? -1 : 1;
   for (int group = 0; group < block.groups; ++group) {
     block.begin_group(group);
     int bits[1];
@@ -376,7 +356,7 @@ grid_forward(FUSED_RNN_PARAMS GridParams<typename Lane::Call> params) {
   // One step of one group: product, gate arithmetic, the operand of the next step; then, while that
   // is on its way, what the step leaves.
   FUSED_RNN_NO_UNROLL
-  for (int64_t step = 0; step < T; ++step) {
+  for (int step = 0; step < T; ++step) {
     const bool more = step + 1 < T;
     FUSED_RNN_NO_UNROLL
     for (int group = 0; group < block.groups; ++group) {
@@ -388,9 +368,9 @@ grid_forward(FUSED_RNN_PARAMS GridParams<typename Lane::Call> params) {
       const ThreadSums<Traits> sums = block.receive(step, group);
       block.begin_group(group);
       block.take(lane, group);
-      const bool live = (bits[0] & kEnded) == 0;
+      const bool live[1] = {(bits[0] & kEnded) == 0};
       FUSED_RNN_UNROLL
-      for (int i = 0; i < kSlots; ++i) lane.compute(p, i, live, sums);
+      for (int i = 0; i < kSlots; ++i) lane.compute(p, i, live[0], sums);
       // As in block_scan.cuh: a forward entry starts a segment before its first step, a reversed
       // one leaves it after.
       const bool cut = more && starts_segment(backwards ? bits[0] : next_bits[0]);
@@ -401,13 +381,12 @@ grid_forward(FUSED_RNN_PARAMS GridParams<typename Lane::Call> params) {
       } else {
         barrier();
       }
+      lane.write(p, place, t, live);
       FUSED_RNN_UNROLL
       for (int i = 0; i < kSlots; ++i) {
-        if (place.is[i]) lane.write(p, place, t, i, live);
         if (cut) lane.zero(i);
       }
       block.keep(lane, group);
-      if (step + kGridAhead < T) Lane::ahead(p, place, t + kGridAhead * direction);
     }
     t += direction;
   }
@@ -433,15 +412,15 @@ grid_backward(FUSED_RNN_PARAMS GridParams<typename Lane::Call> params) {
   const auto& place = block.place;
   constexpr int kSlots = Lane::kSlots;
   const bool backwards = block.backwards;
-  const int64_t T = layer.steps, H = layer.hidden;
+  const int T = static_cast<int>(layer.steps), H = place.hidden;
 
   // Prologue: transposed weights, the final state's gradients.
-  block.fill([&](int gate, int64_t unit, int64_t k) {
+  block.fill([&](int gate, int unit, int k) {
     return weight_bits<kProduct>(p.w_hh, place.entry, gate * H + k, unit);
   });
   Lane lane;
-  int64_t t = backwards ? 0 : T - 1;
-  const int64_t direction = backwards ? 1 : -1;
+  int t = backwards ? 0 : T - 1;
+  const int direction = backwards ? 1 : -1;
   for (int group = 0; group < block.groups; ++group) {
     block.begin_group(group);
     lane.start(p, place);
@@ -451,7 +430,7 @@ grid_backward(FUSED_RNN_PARAMS GridParams<typename Lane::Call> params) {
   // One step of one group, from the last taken by the forward scan to the first. Operand `step` is
   // of that step's gate gradients.
   FUSED_RNN_NO_UNROLL
-  for (int64_t step = 0; step < T; ++step) {
+  for (int step = 0; step < T; ++step) {
     const bool more = step + 1 < T;
     FUSED_RNN_NO_UNROLL
     for (int group = 0; group < block.groups; ++group) {
@@ -478,12 +457,8 @@ grid_backward(FUSED_RNN_PARAMS GridParams<typename Lane::Call> params) {
         }
       }
       block.publish(step, group);
-      FUSED_RNN_UNROLL
-      for (int i = 0; i < kSlots; ++i) {
-        if (place.is[i]) lane.write(p, place, t, i);
-      }
+      lane.write(p, place, t);
       block.keep(lane, group);
-      if (step + kGridAhead < T) Lane::ahead(p, place, t + kGridAhead * direction);
     }
     t += direction;
   }

@@ -40,7 +40,7 @@ struct Lost {
   int64_t step = 0;     // in the order of the scan, of T
   int32_t block_x = 0;  // the block that gave up: its slice and, in the launch, its pair
   int32_t block_y = 0;
-  int32_t awaited = 0;  // the slice it waited for
+  int32_t missing = 0;  // blocks that had not come
 };
 // The process's record, which GPUs may write.
 Lost* lost_record();
@@ -59,8 +59,7 @@ struct GridWork {
   int64_t pairs = 0;
   GridTile tile;
   void* exchange = nullptr;     // exchange_bytes of each pair
-  uint32_t* arrived = nullptr;  // [pairs, arrived_stride], zero
-  int64_t arrived_stride = 0;
+  uint32_t* arrived = nullptr;  // [pairs, groups, kCountWords], zero
   uint32_t* claimed = nullptr;  // zero
 };
 
@@ -69,6 +68,7 @@ struct GridNeeds {
                        // resident together
   size_t shared_bytes = 0;
   size_t exchange_bytes = 0;  // of a pair
+  int groups = 0;             // of a tile's rows, which are counted apart
   bool zeroed = false;        // whether these have to be zero
 };
 

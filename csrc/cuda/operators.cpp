@@ -65,13 +65,14 @@ void complain_of_the_lost() {
   if (has_lost_one.exchange(true)) return;
   const int32_t number = lost->scan;
   const int64_t step = lost->step;
-  const int32_t x = lost->block_x, y = lost->block_y, awaited = lost->awaited;
+  const int32_t x = lost->block_x, y = lost->block_y, missing = lost->missing;
   const char* const cells[] = {"lstm", "gru", "rnn"};
   const char* const products[] = {"bfloat16", "float16", "tf32", "tf32x3", "ieee"};
-  STD_TORCH_CHECK(false, "a grid scan before this call was given up: ", cells[number / 10],
-                  number % 2 ? " backward, " : " forward, ", products[number / 2 % 5], ", step ",
-                  step, ": block (", x, ", ", y, ") waited in vain for block (", awaited, ", ", y,
-                  "). Its results are NaN. From now on this process runs no grid scans");
+  STD_TORCH_CHECK(
+      false, "a grid scan before this call was given up: ", cells[number / 10],
+      number % 2 ? " backward, " : " forward, ", products[number / 2 % 5], ", step ", step,
+      ": block (", x, ", ", y, ") waited in vain for ", missing,
+      " more to come. Its results are NaN. From now on this process runs no grid scans");
 }
 
 GridTile tile_of(int64_t kernel, int64_t rows) { return {rows, kernel == 3 ? 32 : 16}; }
@@ -125,6 +126,9 @@ struct Run {
     }
     STD_TORCH_CHECK(l.stack * l.hidden * 4 <= kMaxRow, name,
                     " takes S * 4 H <= 2^26, got S = ", l.stack, ", H = ", l.hidden);
+    STD_TORCH_CHECK(l.steps < int64_t{1} << 28 && l.batch < int64_t{1} << 30, name,
+                    " takes less than 2^28 steps and 2^30 rows, got T = ", l.steps,
+                    ", B = ", l.batch);
     with_product(io, precision, [&]<Product kProduct>() {
       if (kernel == 1) {
         STD_TORCH_CHECK(needs_of<kProduct>(call).threads > 0,
@@ -148,16 +152,13 @@ struct Run {
     STD_TORCH_CHECK(needs.slices <= resident, "a grid scan of H = ", l.hidden, " takes ",
                     needs.slices, " blocks at the same time, the GPU runs ", resident,
                     " of them; kernel 0 has any size");
-    STD_TORCH_CHECK(l.steps < int64_t{1} << 28, "a grid scan takes less than 2^28 steps, got ",
-                    l.steps);
     const int64_t pairs = l.stack * ((l.batch + rows - 1) / rows);
     GridWork work;
     work.pairs = std::min(pairs, resident / needs.slices);
     work.tile = tile;
-    // Counts in lines of their own: of the pairs, and of waits given up.
-    constexpr int64_t kLine = 128;
-    work.arrived_stride = (needs.slices + 31) / 32 * 32;
-    const int64_t counts = work.pairs * work.arrived_stride * 4 + kLine;
+    // Counts in lines of their own: of the pairs' groups, and of waits given up.
+    constexpr int64_t kLine = kCountWords * sizeof(uint32_t);
+    const int64_t counts = (work.pairs * needs.groups + 1) * kLine;
     const int64_t bytes = counts + work.pairs * static_cast<int64_t>(needs.exchange_bytes);
     const int64_t zeroed = needs.zeroed ? bytes : counts;
     Tensor memory = torch::stable::new_empty(arguments.like(), {bytes}, ScalarType::Byte);

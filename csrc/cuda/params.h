@@ -26,6 +26,9 @@ struct Params {
   uint32_t reverse_bits[kLaunchEntries / 32] = {};
 };
 
+// A count in memory that many blocks look at has a line of 128 bytes to itself.
+constexpr int kCountWords = 32;
+
 // What a grid scan is given; see launch.h and grid_scan.cuh. params.first_entry is the entry of the
 // launch's first pair.
 struct Lost;
@@ -38,7 +41,6 @@ struct GridParams {
   int groups = 0;          // of 16 rows, of a whole tile
   void* exchange = nullptr;
   uint32_t* arrived = nullptr;
-  int64_t arrived_stride = 0;
   uint32_t* claimed = nullptr;
   Lost* lost = nullptr;
   // How long a wait may last, as now() counts, and what time between two looks is not counted.

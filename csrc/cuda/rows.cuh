@@ -1,7 +1,8 @@
 // Where rows and steps lie in memory, and reading and writing a lane's slots.
 //
 // A lane's slots are given by a Place: kSlots (unit, row) pairs, of kLaneUnits units and kLaneRows
-// rows; unit_index(slot) says of which of the units, is[slot] whether row and unit exist.
+// rows; unit_index(slot) says of which of the units, slot % kLaneRows of which of the rows,
+// is[slot] whether row and unit exist.
 #pragma once
 
 #include "cuda/flags.cuh"
@@ -50,118 +51,159 @@ FUSED_RNN_DEVICE uint32_t weight_bits(const Rows& w, int64_t entry, int64_t row,
   }
 }
 
+// n strides, n being neither negative nor of more than 31 bits: two instructions instead of four.
+FUSED_RNN_DEVICE int64_t times(int n, int64_t stride) {
+  return static_cast<int64_t>(static_cast<uint32_t>(n)) * stride;
+}
+
 // A lane's slots in a block scan; see products.cuh.
 struct BlockPlace {
   static constexpr int kSlots = 4, kLaneUnits = 2, kLaneRows = 2;
-  int64_t entry, batch, hidden;
+  int entry, hidden;
   int first_unit;   // the first slot's
   int tile_row;     // the first row's place in the tile
   bool is[kSlots];  // whether a slot's row and unit exist
 
-  FUSED_RNN_DEVICE BlockPlace(const Layer& layer, int64_t first_entry) {
+  FUSED_RNN_DEVICE BlockPlace(const Layer& layer, int64_t first_entry)
+      : batch_(static_cast<int>(layer.batch)) {
     const int lane = thread_index() % 32;
-    entry = first_entry + block_y();
-    batch = layer.batch, hidden = layer.hidden;
+    entry = static_cast<int>(first_entry) + block_y();
+    hidden = static_cast<int>(layer.hidden);
     tile_row = 2 * (lane % 4);
     first_unit = thread_index() / 32 * kUnits + lane / 4;
     FUSED_RNN_UNROLL
-    for (int i = 0; i < kSlots; ++i) is[i] = row(i % 2) < batch && unit(i) < hidden;
+    for (int i = 0; i < kSlots; ++i) is[i] = row_is(i % 2) && unit(i) < hidden;
   }
   static FUSED_RNN_DEVICE constexpr int unit_index(int slot) { return slot / 2; }
   static FUSED_RNN_DEVICE constexpr int slot_of_unit(int n) { return 2 * n; }
-  static FUSED_RNN_DEVICE int64_t first_row() { return static_cast<int64_t>(block_x()) * kRows; }
-  FUSED_RNN_DEVICE int64_t row(int n) const { return first_row() + tile_row + n; }
+  static FUSED_RNN_DEVICE int first_row() { return block_x() * kRows; }
+  FUSED_RNN_DEVICE int row(int n) const { return first_row() + tile_row + n; }
+  FUSED_RNN_DEVICE bool row_is(int n) const { return row(n) < batch_; }
   FUSED_RNN_DEVICE int unit(int slot) const { return first_unit + slot / 2 * 8; }
-  FUSED_RNN_DEVICE int within(const Rows& rows, int slot) const {
-    return (tile_row + slot % 2) * static_cast<int>(rows.row) + unit(slot);
+  // Where the first slot's element lies at step t, and how far from there another's: what is the
+  // same for the whole block in 64 bits, the rest in 32 (the launcher sees to it that eight rows
+  // lie within reach), which saves registers.
+  FUSED_RNN_DEVICE int64_t at(const Rows& rows, int t) const {
+    return times(t, rows.step) + times(first_row(), rows.row) + times(entry, rows.entry) +
+           (tile_row * static_cast<int>(rows.row) + first_unit);
   }
-  // Where a slot's element lies at step t: what is the same for the whole block in 64 bits, the
-  // rest in 32 (the launcher sees to it that eight rows lie within reach), which saves registers.
-  FUSED_RNN_DEVICE int64_t at(const Rows& rows, int64_t t, int slot) const {
-    return t * rows.step + first_row() * rows.row + entry * rows.entry + within(rows, slot);
+  static FUSED_RNN_DEVICE int beyond(const Rows& rows, int slot) {
+    return slot % 2 * static_cast<int>(rows.row) + slot / 2 * 8;
   }
+  FUSED_RNN_DEVICE int batch() const { return batch_; }
+
+ private:
+  int batch_;
 };
 
-// What a lane reads of a tensor ahead of its use. As it lies in memory: a conversion would wait
-// there and then for what has been asked for.
-template <Product kProduct, int kSlots>
+// What a lane reads of a tensor ahead of its use, kCount numbers for each slot, `hidden` elements
+// apart. As it lies in memory: a conversion would wait there and then for what has been asked for.
+template <Product kProduct, int kSlots, int kCount = 1>
 struct Ahead {
-  uint32_t bits[kSlots];
+  uint32_t bits[kCount][kSlots];
 
-  // At step t, `offset` elements on; zeros where a slot is not there, or there is nothing to read.
+  // At step t; zeros where a slot is not there, or there is nothing to read.
   template <class Place>
-  FUSED_RNN_DEVICE void read(const Place& place, const Rows& rows, int64_t t, int64_t offset = 0,
-                             bool there = true) {
-    there = there && rows.data != nullptr;
+  FUSED_RNN_DEVICE void read(const Place& place, const Rows& rows, int t, bool there = true) {
+    if (!there || rows.data == nullptr) {
+      FUSED_RNN_UNROLL
+      for (int n = 0; n < kCount * kSlots; ++n) bits[n / kSlots][n % kSlots] = 0;
+      return;
+    }
+    const int64_t at = place.at(rows, t);
     if constexpr (has_16_bits(kProduct)) {
       if (rows.dtype != DType::kFloat32) {
-        FUSED_RNN_UNROLL
-        for (int i = 0; i < kSlots; ++i) {
-          bits[i] = 0;
-          if (there && place.is[i]) {
-            bits[i] = load(static_cast<const uint16_t*>(rows.data) + place.at(rows, t, i) + offset);
-          }
-        }
-        return;
+        return read(place, rows, static_cast<const uint16_t*>(rows.data) + at);
       }
     }
-    FUSED_RNN_UNROLL
-    for (int i = 0; i < kSlots; ++i) {
-      bits[i] = 0;
-      if (there && place.is[i]) {
-        bits[i] = load(static_cast<const uint32_t*>(rows.data) + place.at(rows, t, i) + offset);
-      }
-    }
+    read(place, rows, static_cast<const uint32_t*>(rows.data) + at);
   }
-  FUSED_RNN_DEVICE float get(const Rows& rows, int slot) const {
+  FUSED_RNN_DEVICE float get(const Rows& rows, int slot, int n = 0) const {
     if constexpr (has_16_bits(kProduct)) {
       if (rows.dtype != DType::kFloat32) {
-        return from_16<kProduct>(static_cast<uint16_t>(bits[slot]));
+        return from_16<kProduct>(static_cast<uint16_t>(bits[n][slot]));
       }
     }
-    return float_of(bits[slot]);
+    return float_of(bits[n][slot]);
+  }
+
+ private:
+  template <class Place, class T>
+  FUSED_RNN_DEVICE void read(const Place& place, const Rows& rows, const T* at) {
+    FUSED_RNN_UNROLL
+    for (int n = 0; n < kCount; ++n) {
+      FUSED_RNN_UNROLL
+      for (int i = 0; i < kSlots; ++i) {
+        bits[n][i] = 0;
+        if (place.is[i]) bits[n][i] = load(at + place.beyond(rows, i));
+      }
+      at += place.hidden;
+    }
   }
 };
 
 // The values of a lane's slots at step t, zero where a slot is not there or the tensor is absent.
 template <Product kProduct, class Place>
 FUSED_RNN_DEVICE void get_slots(float (&to)[Place::kSlots], const Place& place, const Rows& rows,
-                                int64_t t) {
+                                int t) {
   Ahead<kProduct, Place::kSlots> ahead;
   ahead.read(place, rows, t);
   FUSED_RNN_UNROLL
   for (int i = 0; i < Place::kSlots; ++i) to[i] = ahead.get(rows, i);
 }
 
+// Writes kCount numbers of each slot that is there, `hidden` elements apart, at step t.
+template <int kCount, class Place, class Number>
+FUSED_RNN_DEVICE void put_slots(const Place& place, const Rows& rows, int t, const Number& number) {
+  float* at = static_cast<float*>(rows.data) + place.at(rows, t);
+  FUSED_RNN_UNROLL
+  for (int n = 0; n < kCount; ++n) {
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < Place::kSlots; ++i) {
+      if (place.is[i]) store(at + place.beyond(rows, i), number(n, i));
+    }
+    at += place.hidden;
+  }
+}
+// A number of each, of a tensor of io.
+template <Product kProduct, class Place, class Number>
+FUSED_RNN_DEVICE void put_io_slots(const Place& place, const Rows& rows, int t,
+                                   const Number& number) {
+  const int64_t at = place.at(rows, t);
+  FUSED_RNN_UNROLL
+  for (int i = 0; i < Place::kSlots; ++i) {
+    if (place.is[i]) put_io<kProduct>(rows, at + place.beyond(rows, i), number(i));
+  }
+}
+
 // The flags of a lane's rows at step t: nothing where there are none, kEnded beyond the batch,
 // so that rows which are not there do nothing.
 template <class Place>
 FUSED_RNN_DEVICE void get_flags(int (&bits)[Place::kLaneRows], const Place& place,
-                                const Layer& layer, int64_t t, bool there = true) {
+                                const Layer& layer, int t, bool there = true) {
+  FUSED_RNN_UNROLL
+  for (int n = 0; n < Place::kLaneRows; ++n) bits[n] = place.row_is(n) ? 0 : kEnded;
+  if (layer.flags == nullptr || !there) return;
+  const uint8_t* at = layer.flags + times(t, layer.batch) + place.row(0);
   FUSED_RNN_UNROLL
   for (int n = 0; n < Place::kLaneRows; ++n) {
-    bits[n] = 0;
-    if (place.row(n) >= place.batch) {
-      bits[n] = kEnded;
-    } else if (there && layer.flags != nullptr) {
-      bits[n] = load(layer.flags + t * layer.batch + place.row(n));
-    }
+    if (place.row_is(n)) bits[n] = load(at + n);
   }
 }
 
 // Brings a tile's rows of `width` elements at step t into L2.
-FUSED_RNN_DEVICE void prefetch_rows(const BlockPlace& place, const Rows& rows, int64_t t,
-                                    int64_t width) {
+FUSED_RNN_DEVICE void prefetch_rows(const BlockPlace& place, const Rows& rows, int t, int width) {
   if (rows.data == nullptr) return;
   const int size = rows.dtype == DType::kFloat32 ? 4 : 2;
   // (A row may begin anywhere in its first line; its last byte is asked for besides.)
-  const int lines = static_cast<int>(width * size / 128) + 2;
-  const int64_t first = static_cast<int64_t>(block_x()) * kRows;
+  const int lines = width * size / 128 + 2;
+  const int64_t first =
+      times(t, rows.step) + times(place.first_row(), rows.row) + times(place.entry, rows.entry);
   for (int i = thread_index(); i < kRows * lines; i += thread_count()) {
-    const int64_t row = first + i % kRows;
-    const int64_t at = i / kRows + 1 == lines ? width - 1 : i / kRows * (128 / size);
-    if (row < place.batch && at < width) {
-      const int64_t element = t * rows.step + row * rows.row + place.entry * rows.entry + at;
+    const int row = i % kRows, line = i / kRows;
+    const int at = line + 1 == lines ? width - 1 : line * (128 / size);
+    if (place.first_row() + row < place.batch() && at < width) {
+      const int64_t element = first + row * static_cast<int>(rows.row) + at;
       prefetch(static_cast<const unsigned char*>(rows.data) + element * size);
     }
   }
