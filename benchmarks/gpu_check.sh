@@ -5,15 +5,19 @@ set -u
 
 usage() {
     cat <<'TEXT'
-usage: benchmarks/gpu_check.sh [--rehearse] FOLDER
+usage: benchmarks/gpu_check.sh [--rehearse] [--built] [--seconds N] FOLDER
 
 Runs from the source tree with $PYTHON (default: .venv/bin/python, else python3), which needs torch,
-Triton and pytest; no network, no git. Where nvcc is, it builds the CUDA backend for the GPU that is
+Triton, pytest and pytest-xdist; no network, no git. Where nvcc is, it builds the CUDA backend for the GPU that is
 here; where compute-sanitizer is, it runs that. Leaves in FOLDER a log of every stage
 (NN_stage.log), the tests as JUnit XML, the benchmark's tables (bench_DTYPE/), what barriers and
 exchanges between blocks cost (microbench.json), the launch costs, the names of the kernels that
 ran, and summary.txt.
 
+  --built      use fused_rnn/*.so and build/microbench as they are, made elsewhere for a GPU like
+               this one; builds only what does not load
+  --seconds N  for everything together, 470 by default
+  CASES="..."  cases of the benchmark's tables, all by default; PROVIDERS="torch,ours" who is in them
   --rehearse   the same on a CPU, kernels interpreted or emulated, at tiny sizes: for errors in
                typing only. FUSED_RNN_CUDA_LIBRARY may name the emulated library, which is else
                built by what the tests need (ninja, pybind11, g++), or left out where that fails
@@ -22,17 +26,25 @@ exit status: 0; 1 where a stage failed or ran out of its time; 2 where the argum
 TEXT
 }
 
-REHEARSE=0 FOLDER=
-for argument in "$@"; do
-    case $argument in
+REHEARSE=0 BUILT=0 TOTAL=470 FOLDER=
+wrong() { echo "$1" >&2 && usage >&2 && exit 2; }
+while [ $# -gt 0 ]; do
+    case $1 in
     -h | --help) usage && exit 0 ;;
     --rehearse) REHEARSE=1 ;;
-    -*) echo "unknown argument $argument" >&2 && usage >&2 && exit 2 ;;
+    --built) BUILT=1 ;;
+    --seconds)
+        shift
+        TOTAL=${1-}
+        case $TOTAL in '' | *[!0-9]*) wrong "--seconds wants a whole number, got '$TOTAL'" ;; esac
+        ;;
+    -*) wrong "unknown argument $1" ;;
     *)
-        if [ -n "$FOLDER" ]; then echo "more than one folder" >&2 && usage >&2 && exit 2; fi
-        FOLDER=$argument
+        if [ -n "$FOLDER" ]; then wrong "more than one folder"; fi
+        FOLDER=$1
         ;;
     esac
+    shift
 done
 if [ -z "$FOLDER" ]; then usage >&2 && exit 2; fi
 
@@ -51,29 +63,19 @@ export PYTHONPATH=$PWD PYTHONDONTWRITEBYTECODE=1
 export TRITON_CACHE_DIR=$WORK/triton # one for all stages: what one compiles serves the next
 unset FUSED_RNN_BACKEND FUSED_RNN_FP32_PRECISION
 
-TOTAL=470 # seconds for everything; a stage gets its own limit or what is left
-BUILD=130 CHECKS=160 # of these for compilation, and for all that runs side by side
+# Of the seconds for everything: for compilation, and for all that runs side by side. (A stage gets
+# its own limit or what is left.)
+BUILD=130 CHECKS=160
 DEVICE=cuda EVERY=5 BENCH_BUDGET=0.3
-# Every test marked gpu is in one of these, whatever it is called: name, then a -k expression. (The
-# tensors of gigabytes are all in one, for there is not the memory for two at a time.)
-TESTS=(
-    "lstm:not cuda and numerics and lstm and not lstm-proj"
-    "lstm_proj:not cuda and numerics and lstm-proj"
-    "gru:not cuda and numerics and gru and not gru-before and not lstm"
-    "gru_before:not cuda and numerics and gru-before and not lstm"
-    "rnn:not cuda and numerics and not lstm and not gru"
-    "plans:not cuda and not numerics and (kind or deterministic or batch)"
-    "others:not numerics and not (kind or deterministic or batch) and (not cuda or 2_31)"
-    "cuda_lstm:cuda and numerics and lstm"
-    "cuda_gru_rnn:cuda and numerics and not lstm"
-    "cuda_others:cuda and not numerics and (kind or deterministic or batch or not 2_31)"
-)
-CUDA_FILE=() # what pytest is told besides for tests/test_cuda*.py
+WORKERS=$(($(nproc) * 2 / 3)) # of the tests: sanitizers and verify run beside them
+LARGE=2_31 # the tests of tensors of gigabytes, for two of which at once there is not the memory
+CUDA_FILE=() # what pytest is told besides for tests/test_cuda.py and tests/test_cuda_grid.py
 SIZES=() QUICK=() PROFILE=() SANITIZE=()
 SELECTION=(gpu streaming online reinforcement_learning tagging time_series language_model)
 SELECTION+=(ragged speech)
+if [ -n "${CASES:-}" ]; then read -ra SELECTION <<<"$CASES"; fi
 if [ $REHEARSE = 1 ]; then
-    BUILD=200 CHECKS=320 DEVICE=cpu EVERY=37 BENCH_BUDGET=0
+    BUILD=200 CHECKS=320 WORKERS=2 DEVICE=cpu EVERY=37 BENCH_BUDGET=0
     SELECTION=(gpu/ragged_h128 gpu/resets_h128)
     SIZES=(-T 2 -B 2 -I 16 -H 16) QUICK=(--quick) PROFILE=(--shapes 2 -T 2 -B 2 -H 16)
     CUDA_FILE=(-k "kernels_agree or refuse or says_what") SANITIZE=(-T 1 -B 2 -H 23)
@@ -83,8 +85,8 @@ else
 fi
 
 # stage NAME LIMIT COMMAND...: runs it under its limit, its output in a log of its own. The number
-# is given out by the caller's shell, so stages may run side by side.
-NUMBER=0
+# is given out by the caller's shell, so stages may run side by side. What is late gets $SIGNAL.
+NUMBER=0 SIGNAL=TERM
 stage() {
     local name=$1 limit=$2 left began=$SECONDS status=ok code
     shift 2
@@ -94,7 +96,7 @@ stage() {
         echo "no time is left" >"$OUT/$name.log"
         status="not run"
     else
-        timeout -k 5 "$limit" "$@" >"$OUT/$name.log" 2>&1
+        timeout -s $SIGNAL -k 10 "$limit" "$@" >"$OUT/$name.log" 2>&1
         code=$?
         if [ $code = 124 ] || [ $code = 137 ]; then
             status="over $limit s"
@@ -153,6 +155,13 @@ print(";".join(names))') || return
     echo "TORCH_CUDA_ARCH_LIST=$TORCH_CUDA_ARCH_LIST"
     FUSED_RNN_CUDA=1 "$PYTHON" setup.py -q build_ext --inplace
 }
+loads() { # whether libraries and microbench that were built elsewhere are there and run here
+    "$PYTHON" -c 'import fused_rnn, sys
+found = fused_rnn.available_backends()
+print({name: found[name] for name in ("cpu", "cuda")})
+sys.exit(any(found[name] for name in ("cpu", "cuda")))' && build/microbench --help >/dev/null &&
+        cp build/microbench "$WORK"
+}
 microbench_build() { # beside the library; one architecture is enough, that of the first GPU
     local architecture
     if ! has_nvcc; then echo "no nvcc" && return 77; fi
@@ -180,19 +189,23 @@ why_no_cuda() { # a line that says why the CUDA backend is not available, or not
 print(fused_rnn.available_backends()["cuda"] or "")'
 }
 run_pytest() { # XML ARGUMENTS...
-    # (The setting is what poisoned memory needs of cuBLAS; see tests/test_gpu.py.)
-    CUBLAS_WORKSPACE_CONFIG=:4096:8 "$PYTHON" -m pytest -q -p no:cacheprovider --durations=5 \
+    # (The setting is what poisoned memory needs of cuBLAS; see tests/test_gpu.py. Interrupted, as a
+    # shell's background processes are not by themselves, pytest still says what failed.)
+    CUBLAS_WORKSPACE_CONFIG=:4096:8 "$PYTHON" -c 'import signal, sys, pytest
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(pytest.main(sys.argv[1:]))' -v -p no:cacheprovider --durations=8 --tb=short \
         -o junit_family=xunit1 --junitxml="$1" "${@:2}"
 }
-tests() { # XML EXPRESSION: the tests marked gpu that a -k expression names
+tests() { # XML WORKERS EXPRESSION: the tests marked gpu that a -k expression names
     local files
-    files=$(grep -l 'pytest\.mark\.gpu' tests/test_*.py)
+    files=$(grep -l 'pytest\.mark\.gpu' tests/test_*.py | tac) # calls and grids before numerics
     # shellcheck disable=SC2086
-    run_pytest "$1" -m gpu -k "$2" $files
+    run_pytest "$1" -m gpu -n "$2" -k "$3" $files
 }
-cuda_file() { # XML: the tests of every size of block scan, and of grid scans
+cuda_file() { # XML WORKERS: the tests of every size of block scan, and of grid scans
     if [ -n "$CUDA_MISSING" ]; then echo "$CUDA_MISSING" && return 77; fi
-    run_pytest "$1" ${CUDA_FILE[@]+"${CUDA_FILE[@]}"} tests/test_cuda.py tests/test_cuda_grid.py
+    run_pytest "$1" -n "$2" ${CUDA_FILE[@]+"${CUDA_FILE[@]}"} tests/test_cuda.py \
+        tests/test_cuda_grid.py
 }
 verify() { # BACKEND DTYPE
     if [ "$1" = cuda ] && [ -n "$CUDA_MISSING" ]; then echo "$CUDA_MISSING" && return 77; fi
@@ -241,7 +254,7 @@ benchmark() { # DTYPE LIMIT
         --out "$OUT/bench_$1"
 }
 # `timeout` runs programs, not functions: the functions above are run by a shell of their own.
-export -f environment has_nvcc build microbench_build emulator run_pytest tests cuda_file verify
+export -f environment has_nvcc loads build microbench_build emulator run_pytest tests cuda_file verify
 export -f find_sanitizer sanitize microbench benchmark
 export PYTHON OUT WORK DEVICE REHEARSE EVERY BENCH_BUDGET
 in_shell() { # FUNCTION ARGUMENTS...: as a command for `stage`
@@ -254,12 +267,20 @@ next environment
 in_shell environment
 stage "$NAME" 40 "${COMMAND[@]}"
 
-next microbench_build
-in_shell microbench_build
-stage "$NAME" $BUILD "${COMMAND[@]}" &
-next build
-in_shell build
-stage "$NAME" $BUILD "${COMMAND[@]}"
+if [ $BUILT = 1 ]; then
+    next loads
+    in_shell loads
+    stage "$NAME" 40 "${COMMAND[@]}"
+    if ! grep -q ' ok ' "$WORK/$NAME.stage"; then BUILT=0; fi
+fi
+if [ $BUILT = 0 ]; then
+    next microbench_build
+    in_shell microbench_build
+    stage "$NAME" $BUILD "${COMMAND[@]}" &
+    next build
+    in_shell build
+    stage "$NAME" $BUILD "${COMMAND[@]}"
+fi
 if [ $REHEARSE = 1 ]; then # once, before all the tests would do so at the same time
     next emulator
     in_shell emulator
@@ -269,10 +290,10 @@ fi
 
 # Without nvcc, and in a rehearsal without an emulated library, there is no CUDA backend and nothing
 # to complain of. Anything else that is wrong with it will show where it is asked for.
-export CUDA_MISSING='' PROVIDERS=torch,ours,ours:triton PROFILED=torch,ours:triton
+export CUDA_MISSING='' PROVIDERS=${PROVIDERS:-torch,ours,ours:triton} PROFILED=torch,ours:triton
 reason=$(why_no_cuda)
 if [ -z "$reason" ]; then
-    PROVIDERS=torch,ours,ours:cuda,ours:triton PROFILED=torch,ours:cuda,ours:triton
+    PROFILED=torch,ours:cuda,ours:triton
 elif [ $REHEARSE = 1 ] && [ -z "${FUSED_RNN_CUDA_LIBRARY:-}" ]; then
     CUDA_MISSING="FUSED_RNN_CUDA_LIBRARY names no emulated library: $reason"
 elif [ $REHEARSE = 0 ] && ! has_nvcc; then
@@ -283,14 +304,17 @@ fi
 threads=${OMP_NUM_THREADS:-}
 export OMP_NUM_THREADS=2
 if [ $REHEARSE = 1 ]; then export OMP_NUM_THREADS=1; fi
-for group in "${TESTS[@]}"; do
-    next "tests_${group%%:*}"
-    in_shell tests "$OUT/$NAME.xml" "${group#*:}"
-    stage "$NAME" $CHECKS "${COMMAND[@]}" &
-done
-next tests_cuda_file
-in_shell cuda_file "$OUT/$NAME.xml"
+SIGNAL=INT
+next tests_gpu
+in_shell tests "$OUT/$NAME.xml" $WORKERS "not $LARGE"
 stage "$NAME" $CHECKS "${COMMAND[@]}" &
+next tests_large
+in_shell tests "$OUT/$NAME.xml" 0 $LARGE
+stage "$NAME" $CHECKS "${COMMAND[@]}" &
+next tests_cuda_file
+in_shell cuda_file "$OUT/$NAME.xml" 3
+stage "$NAME" $CHECKS "${COMMAND[@]}" &
+SIGNAL=TERM
 for backend in triton cuda; do
     for dtype in float32 float64 bfloat16 float16; do
         next verify_${backend}_$dtype

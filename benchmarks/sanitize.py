@@ -52,13 +52,14 @@ class Scan(NamedTuple):
     proj: int = 0
     reset_after: bool = True
     relu: bool = False
-    tile: int = 0  # rows, of a grid scan
+    tile: int = 0  # rows, of a grid scan and of a block scan's block
     units: int = planning.UNITS  # of its blocks
 
     def __str__(self):
         variant = f"-proj{self.proj}" if self.proj else "" if self.reset_after else "-before"
         number = self.precision if self.dtype == torch.float32 else ""
-        kernel = f"{self.kernel} {self.tile}x{self.units}" if self.tile else self.kernel
+        size = {"block": f" {self.tile}", "grid": f" {self.tile}x{self.units}"}
+        kernel = self.kernel + size.get(self.kernel, "")
         words = kernel, f"{self.cell}{variant or '-relu' * self.relu}", f"H{self.hidden}"
         return " ".join([*words, str(self.dtype)[6:], number]).strip()
 
@@ -78,8 +79,10 @@ def scans(hidden, kernels, device):
     numbers = [(torch.float32, p) for p in plan.PRECISIONS]
     numbers += [(torch.bfloat16, "ieee"), (torch.float16, "ieee")]
     cells = ({"cell": "lstm"}, {"cell": "gru"}, {"cell": "rnn"}, {"cell": "rnn", "relu": True})
-    for size, cell, (dtype, precision) in itertools.product(hidden, cells, numbers):
-        scan = Scan(**cell, hidden=size, dtype=dtype, kernel="block", precision=precision)
+    for size, cell, (dtype, precision), rows in itertools.product(hidden, cells, numbers, (4, 8)):
+        scan = Scan(
+            **cell, hidden=size, dtype=dtype, kernel="block", precision=precision, tile=rows
+        )
         if "block" in kernels and all(fits(scan, device, b) for b in (False, True)):
             yield scan
     widths = (planning.UNITS, 2 * planning.UNITS)

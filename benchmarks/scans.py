@@ -108,8 +108,8 @@ def kernels(device: plan.Device, shape: plan.Shape):
     """(name, kernel and rows as the operators want them, prediction, whether it is chosen)."""
     chosen = planning.chosen(device, shape).plan
     plans = [planning.Step()]
-    if (block := planning.block_plan(device, shape)) is not None:
-        plans.append(block)
+    if planning.block_plan(device, shape) is not None:
+        plans += [planning.block_kernel(shape, rows) for rows in (4, 8)]
     most = planning.blocks_together(device)
     for rows, units in itertools.product(planning.TILE_ROWS, (planning.UNITS, 2 * planning.UNITS)):
         found = planning.grid_kernel(shape, rows, units)
@@ -118,10 +118,9 @@ def kernels(device: plan.Device, shape: plan.Shape):
         if found.shared <= device.shared and found.slices <= most:
             plans.append(found)
     for found in plans:
-        rows = found.rows if isinstance(found, planning.Grid) else 0
-        name = f"{planning.KERNELS[found.kernel]}{f' {rows}' if rows else ''}"
+        name = planning.KERNELS[found.kernel] + (f" {found.rows}" if found.rows else "")
         predicted = planning.predict(device, shape, found).total
-        yield name, (found.kernel, rows), predicted, found == chosen
+        yield name, (found.kernel, found.rows), predicted, found == chosen
 
 
 def measure(call, clock, steps, repeats):

@@ -30,6 +30,20 @@ def loaded():
     assert library.why_unavailable() is None
 
 
+def with_rows(monkeypatch, rows):
+    """Every block scan from now on with so many rows a block, which the plan has for batches of
+    many hundred only; a row's bits are the same."""
+    found = planning.block_kernel
+    monkeypatch.setattr(planning, "block_kernel", lambda shape, _=None: found(shape, rows))
+
+
+@pytest.fixture(params=[4, 8])
+def block_rows(request, monkeypatch):
+    """Rows of a block scan's block, each in turn."""
+    with_rows(monkeypatch, request.param)
+    return request.param
+
+
 def by_steps(monkeypatch):
     """Every scan from now on by the step path."""
     monkeypatch.setattr(planning, "choose", lambda device, shape: planning.Step())
@@ -50,8 +64,8 @@ def schedule():
 # Sizes on both sides of every size of kernel there is: 64; 96, 112, 128; up to 256.
 @pytest.mark.parametrize("hidden", [16, 23, 63, 65, 96, 100, 121, 129, 150, 177, 190, 208, 250])
 @pytest.mark.parametrize("cell", BLOCK_CELLS)
-def test_block_scans_of_16_bits(cell, hidden):
-    """Three tiles of rows, both directions, flags; the two dtypes in turn."""
+def test_block_scans_of_16_bits(cell, hidden, block_rows):
+    """Several blocks of rows, both directions, flags; the two dtypes in turn."""
     dtype = HALVES[(hidden + BLOCK_CELLS.index(cell)) % 2]
     case = case_of(cell, rows=19, hidden=hidden, steps=3, dtype=dtype, **FLAGS)
     assert_holds(case, "cuda", DEVICE)
@@ -59,7 +73,7 @@ def test_block_scans_of_16_bits(cell, hidden):
 
 @pytest.mark.parametrize("hidden", [17, 64, 90, 111, 127, 190])
 @pytest.mark.parametrize("cell", BLOCK_CELLS)
-def test_block_scans_of_float32(cell, hidden):
+def test_block_scans_of_float32(cell, hidden, block_rows):
     case = case_of(cell, rows=11, hidden=hidden, steps=3, dtype=torch.float32, **FLAGS)
     with fp32_precision("ieee"):
         assert_holds(case, "cuda", DEVICE)
@@ -91,8 +105,9 @@ def shape_of(cell, hidden, precision="ieee", dtype=torch.float32, backward=False
 
 @pytest.mark.parametrize("seed", range(1, 7))
 @pytest.mark.parametrize("cell", BLOCK_CELLS)
-def test_schedules(cell, seed, schedule):
+def test_schedules(cell, seed, schedule, monkeypatch):
     """Other orders of lanes, warps and blocks, up to 40 steps; the same bits."""
+    with_rows(monkeypatch, 4 + seed % 2 * 4)
     dtype = (torch.bfloat16, torch.float32, torch.float16)[seed % 3]
     case = case_of(cell, rows=17, hidden=41, steps=40, dtype=dtype, **FLAGS)
     results = []
@@ -267,7 +282,7 @@ def test_a_broken_library_is_reported(tmp_path):
 
 
 def scan(
-    name="lstm_inference", kernel=1, rows=0, precision=0, dtype=torch.float32, hidden=4, **changes
+    name="lstm_inference", kernel=1, rows=8, precision=0, dtype=torch.float32, hidden=4, **changes
 ):
     """One of the library's own operators, called as only fused_rnn.cuda does."""
     given = {
@@ -290,6 +305,8 @@ def test_block_scans_refuse_what_they_cannot_take():
         scan(hidden=97)
     with pytest.raises(RuntimeError, match=r"kernel must be 0, 1, 2 or 3, got 4"):
         scan(kernel=4)
+    with pytest.raises(RuntimeError, match=r"rows must be 4 or 8, got 16"):
+        scan(rows=16)
     with pytest.raises(RuntimeError, match=r"precision must be 0, 1 or 2, got 3"):
         scan(precision=3)
     with pytest.raises(RuntimeError, match=r"reverse must have S = 1 values, got 2"):

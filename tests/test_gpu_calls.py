@@ -212,8 +212,8 @@ def lstm_arguments(hidden):
 
 
 def lstm_scan(arguments, kernel, stream=0):
-    """y, h_n and c_n by the kernel 0 (steps), 1 (a block scan) or 2 (a grid scan, tiles of 8)."""
-    rows = 8 if kernel == 2 else 0
+    """y, h_n and c_n by the kernel 0 (steps), 1 (a block scan) or 2 (a grid scan), 8 rows each."""
+    rows = 8 if kernel else 0
     return torch.ops.fused_rnn.cuda_scan_lstm_inference(*arguments, kernel, rows, 0, stream)
 
 

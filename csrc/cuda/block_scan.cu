@@ -42,18 +42,18 @@ constexpr Sizes sizes_of(Cell cell, Product product, bool backward) {
 }
 
 // Calls use.operator()<Lane, Traits>() for the smallest size that H fits, or does nothing.
-template <Cell kCell, Product kProduct, bool kBackward, int kIndex = 0, class Use>
+template <Cell kCell, Product kProduct, bool kBackward, int kLaneRows, int kIndex = 0, class Use>
 void with_size(int64_t hidden, const Use& use) {
   constexpr Sizes kSizes = sizes_of(kCell, kProduct, kBackward);
   if constexpr (kIndex < kSizes.count) {
     constexpr Size kSize = kSizes.of[kIndex];
     if (hidden > kSize.max_units) {
-      return with_size<kCell, kProduct, kBackward, kIndex + 1>(hidden, use);
+      return with_size<kCell, kProduct, kBackward, kLaneRows, kIndex + 1>(hidden, use);
     }
-    using Both = Lanes<kCell, kProduct, BlockPlace>;
+    using Both = Lanes<kCell, kProduct, BlockPlace<kLaneRows>>;
     using Lane = std::conditional_t<kBackward, typename Both::Backward, typename Both::Forward>;
     using Traits = ProductTraits<kProduct, Lane::kGates, kSize.max_units, kSize.held,
-                                 kBackward ? Lane::kGates : 1, Lane::kParts>;
+                                 kBackward ? Lane::kGates : 1, Lane::kParts, kLaneRows>;
     use.template operator()<Lane, Traits>();
   }
 }
@@ -69,21 +69,21 @@ BlockNeeds BlockScan<kCell, kProduct>::needs(int64_t hidden, bool backward) {
     found = {threads_of(hidden), block_shared_bytes<Traits>(hidden)};
   };
   if (backward) {
-    with_size<kCell, kProduct, true>(hidden, use);
+    with_size<kCell, kProduct, true, 2>(hidden, use);
   } else {
-    with_size<kCell, kProduct, false>(hidden, use);
+    with_size<kCell, kProduct, false, 2>(hidden, use);
   }
   return found;
 }
 
 template <Cell kCell, Product kProduct>
 template <class Call>
-void BlockScan<kCell, kProduct>::launch(const Call& call, void* stream) {
+void BlockScan<kCell, kProduct>::launch(const Call& call, int64_t rows, void* stream) {
   const Layer& layer = call.layer;
   constexpr bool kBackward =
-      std::is_same_v<Call, typename Lanes<kCell, kProduct, BlockPlace>::Backward::Call>;
-  with_size<kCell, kProduct, kBackward>(layer.hidden, [&]<class Lane, class Traits>() {
-    const Grid grid{(layer.batch + kRows - 1) / kRows, 1, threads_of(layer.hidden),
+      std::is_same_v<Call, typename Lanes<kCell, kProduct, BlockPlace<2>>::Backward::Call>;
+  const auto use = [&]<class Lane, class Traits>() {
+    const Grid grid{(layer.batch + rows - 1) / rows, 1, threads_of(layer.hidden),
                     block_shared_bytes<Traits>(layer.hidden)};
     Params<Call> params;
     params.call = call;
@@ -92,15 +92,20 @@ void BlockScan<kCell, kProduct>::launch(const Call& call, void* stream) {
     } else {
       launch_stack(block_forward<Lane, Traits>, grid, params, params, stream);
     }
-  });
+  };
+  if (rows == 4) {
+    with_size<kCell, kProduct, kBackward, 1>(layer.hidden, use);
+  } else {
+    with_size<kCell, kProduct, kBackward, 2>(layer.hidden, use);
+  }
 }
 
-#define FUSED_RNN_INSTANTIATE(cell, product)                                         \
-  template struct BlockScan<Cell::cell, Product::product>;                           \
-  template void BlockScan<Cell::cell, Product::product>::launch(                     \
-      const Lanes<Cell::cell, Product::product, BlockPlace>::Forward::Call&, void*); \
-  template void BlockScan<Cell::cell, Product::product>::launch(                     \
-      const Lanes<Cell::cell, Product::product, BlockPlace>::Backward::Call&, void*);
+#define FUSED_RNN_INSTANTIATE(cell, product)                                                     \
+  template struct BlockScan<Cell::cell, Product::product>;                                       \
+  template void BlockScan<Cell::cell, Product::product>::launch(                                 \
+      const Lanes<Cell::cell, Product::product, BlockPlace<2>>::Forward::Call&, int64_t, void*); \
+  template void BlockScan<Cell::cell, Product::product>::launch(                                 \
+      const Lanes<Cell::cell, Product::product, BlockPlace<2>>::Backward::Call&, int64_t, void*);
 FUSED_RNN_INSTANTIATE(FUSED_RNN_CELL, FUSED_RNN_PRODUCT)
 
 }  // namespace fused_rnn::cuda

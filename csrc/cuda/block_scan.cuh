@@ -1,6 +1,7 @@
-// The block scan: one block runs the whole sequence for eight rows of one stack entry, the weights
-// kept in its registers and shared memory. Between steps only the state (backward: the gates'
-// gradients) crosses warps, through one of two buffers in shared memory, with one barrier a step.
+// The block scan: one block runs the whole sequence for eight rows of one stack entry, or four, the
+// weights kept in its registers and shared memory. Between steps only the state (backward: the
+// gates' gradients) crosses warps, through one of two buffers in shared memory, with one barrier a
+// step.
 #pragma once
 
 #include "cuda/cells.cuh"
@@ -30,7 +31,9 @@ block_forward(FUSED_RNN_PARAMS Params<typename Lane::Call> params) {
   const typename Lane::Call& p = params.call;
   const Layer& layer = p.layer;
   BlockShared<Traits>& shared = shared_memory<BlockShared<Traits>>();
-  const BlockPlace place(layer, params.first_entry);
+  using Place = BlockPlace<Traits::kLaneRows>;
+  constexpr int kSlots = Place::kSlots, kLaneRows = Place::kLaneRows;
+  const Place place(layer, params.first_entry);
   const bool backwards = is_reversed(params, block_y());
   const int T = static_cast<int>(layer.steps), H = place.hidden;
 
@@ -45,7 +48,7 @@ block_forward(FUSED_RNN_PARAMS Params<typename Lane::Call> params) {
   clear(shared.operands);
   Lane lane;
   lane.start(p, place);
-  int bits[2];
+  int bits[kLaneRows];
   int t = backwards ? T - 1 : 0;
   const int direction = backwards ? -1 : 1;
   get_flags(bits, place, layer, t);
@@ -53,8 +56,8 @@ block_forward(FUSED_RNN_PARAMS Params<typename Lane::Call> params) {
   barrier();
   FUSED_RNN_UNROLL
   for (int i = 0; i < kSlots; ++i) {
-    if (!backwards && starts_segment(bits[i % 2])) lane.zero(i);
-    cuda::place(shared.operands[0], 0, place.tile_row + i % 2, place.unit(i), lane.h[i]);
+    if (!backwards && starts_segment(bits[i % kLaneRows])) lane.zero(i);
+    cuda::place(shared.operands[0], 0, place.column(i), place.unit(i), lane.h[i]);
   }
   barrier();
 
@@ -62,32 +65,36 @@ block_forward(FUSED_RNN_PARAMS Params<typename Lane::Call> params) {
   FUSED_RNN_NO_UNROLL
   for (int step = 0; step < T; ++step) {
     const bool more = step + 1 < T;
-    int next_bits[2];
+    int next_bits[kLaneRows];
     get_flags(next_bits, place, layer, t + direction, more);
     if (step + kAhead < T) Lane::ahead(p, place, t + kAhead * direction);
     Sums<Traits> sums;
     weights.multiply(sums, shared.operands[step % 2]);
-    const bool live[2] = {(bits[0] & kEnded) == 0, (bits[1] & kEnded) == 0};
-    FUSED_RNN_UNROLL
-    for (int i = 0; i < kSlots; ++i) lane.compute(p, i, live[i % 2], sums);
     // A forward entry starts a segment before its first step, a reversed one leaves a segment after
     // it; the state after the last step is returned as it is.
-    const bool cut[2] = {more && starts_segment(backwards ? bits[0] : next_bits[0]),
-                         more && starts_segment(backwards ? bits[1] : next_bits[1])};
+    bool live[kLaneRows], cut[kLaneRows];
+    FUSED_RNN_UNROLL
+    for (int n = 0; n < kLaneRows; ++n) {
+      live[n] = (bits[n] & kEnded) == 0;
+      cut[n] = more && starts_segment(backwards ? bits[n] : next_bits[n]);
+    }
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < kSlots; ++i) lane.compute(p, i, live[i % kLaneRows], sums);
     FUSED_RNN_UNROLL
     for (int i = 0; i < kSlots; ++i) {
       // (What is computed for a unit that is not there may be NaN, which padded weights of zero
       // would not take away.)
-      cuda::place(shared.operands[(step + 1) % 2], 0, place.tile_row + i % 2, place.unit(i),
-                  place.is[i] && !cut[i % 2] ? lane.h[i] : 0.0f);
+      cuda::place(shared.operands[(step + 1) % 2], 0, place.column(i), place.unit(i),
+                  place.is[i] && !cut[i % kLaneRows] ? lane.h[i] : 0.0f);
     }
     lane.write(p, place, t, live);
     FUSED_RNN_UNROLL
     for (int i = 0; i < kSlots; ++i) {
-      if (cut[i % 2]) lane.zero(i);
+      if (cut[i % kLaneRows]) lane.zero(i);
     }
     t += direction;
-    bits[0] = next_bits[0], bits[1] = next_bits[1];
+    FUSED_RNN_UNROLL
+    for (int n = 0; n < kLaneRows; ++n) bits[n] = next_bits[n];
     if (more) lane.read(p, place, t);
     barrier();
   }
@@ -106,7 +113,7 @@ FUSED_RNN_DEVICE void pass_back(Lane& lane, const Weights<Traits>& weights,
   Sums<Traits> sums;
   weights.multiply(sums, operand);
   FUSED_RNN_UNROLL
-  for (int i = 0; i < kSlots; ++i) lane.dh[i] += sums.all(i);
+  for (int i = 0; i < Lane::kSlots; ++i) lane.dh[i] += sums.all(i);
 }
 
 template <class Lane, class Traits>
@@ -117,7 +124,9 @@ block_backward(FUSED_RNN_PARAMS Params<typename Lane::Call> params) {
   const typename Lane::Call& p = params.call;
   const Layer& layer = p.layer;
   BlockShared<Traits>& shared = shared_memory<BlockShared<Traits>>();
-  const BlockPlace place(layer, params.first_entry);
+  using Place = BlockPlace<Traits::kLaneRows>;
+  constexpr int kSlots = Place::kSlots, kLaneRows = Place::kLaneRows;
+  const Place place(layer, params.first_entry);
   const bool backwards = is_reversed(params, block_y());
   const int T = static_cast<int>(layer.steps), H = place.hidden;
 
@@ -135,7 +144,7 @@ block_backward(FUSED_RNN_PARAMS Params<typename Lane::Call> params) {
   const int direction = backwards ? 1 : -1;
   lane.start(p, place);
   lane.begin(p, place, t);
-  int bits[2];
+  int bits[kLaneRows];
   get_flags(bits, place, layer, t);
   lane.read(p, place, t, t + direction, T > 1);
   barrier();
@@ -144,32 +153,33 @@ block_backward(FUSED_RNN_PARAMS Params<typename Lane::Call> params) {
   FUSED_RNN_NO_UNROLL
   for (int step = 0; step < T; ++step) {
     const bool more = step + 1 < T;
-    int next_bits[2];
+    int next_bits[kLaneRows];
     get_flags(next_bits, place, layer, t + direction, more);
     if (step + kAhead < T) Lane::ahead(p, place, t + kAhead * direction);
     // (The operand of the first step is zero.)
     pass_back<Lane, Traits>(lane, weights, shared.operands[step % 2]);
-    bool passes[2];
+    bool passes[kLaneRows];
     FUSED_RNN_UNROLL
     for (int i = 0; i < kSlots; ++i) {
-      const bool live = (bits[i % 2] & kEnded) == 0;
-      const bool cut =
-          backwards ? more && starts_segment(next_bits[i % 2]) : starts_segment(bits[i % 2]);
-      const bool initial = !more || (next_bits[i % 2] & kEnded) != 0;
+      const int now = bits[i % kLaneRows], next = next_bits[i % kLaneRows];
+      const bool live = (now & kEnded) == 0;
+      const bool cut = backwards ? more && starts_segment(next) : starts_segment(now);
+      const bool initial = !more || (next & kEnded) != 0;
       lane.compute(p, place, t, i, live, cut, initial);
-      passes[i % 2] = !cut;
+      passes[i % kLaneRows] = !cut;
     }
     FUSED_RNN_UNROLL
     for (int i = 0; i < kSlots; ++i) {
       FUSED_RNN_UNROLL
       for (int gate = 0; gate < Traits::kGates; ++gate) {
-        cuda::place(shared.operands[(step + 1) % 2], gate, place.tile_row + i % 2, place.unit(i),
-                    place.is[i] && passes[i % 2] ? lane.d[gate][i] : 0.0f);
+        cuda::place(shared.operands[(step + 1) % 2], gate, place.column(i), place.unit(i),
+                    place.is[i] && passes[i % kLaneRows] ? lane.d[gate][i] : 0.0f);
       }
     }
     lane.write(p, place, t);
     t += direction;
-    bits[0] = next_bits[0], bits[1] = next_bits[1];
+    FUSED_RNN_UNROLL
+    for (int n = 0; n < kLaneRows; ++n) bits[n] = next_bits[n];
     if (more) lane.read(p, place, t, t + direction, step + 2 < T);
     barrier();
   }

@@ -29,8 +29,9 @@ struct BlockNeeds {
 template <Cell kCell, Product kProduct>
 struct BlockScan {
   static BlockNeeds needs(int64_t hidden, bool backward);
+  // rows: of a block, 4 or 8.
   template <class Call>
-  static void launch(const Call& call, void* stream);
+  static void launch(const Call& call, int64_t rows, void* stream);
 };
 
 // Left in memory of the host by the first grid scan of which a block waited in vain for another.

@@ -89,6 +89,7 @@ struct Run {
     STD_TORCH_CHECK(kEmulated ? w.is_cpu() : w.is_cuda(), "w_hh must be a ",
                     kEmulated ? "CPU" : "CUDA", " tensor");
     STD_TORCH_CHECK(0 <= kernel && kernel <= 3, "kernel must be 0, 1, 2 or 3, got ", kernel);
+    STD_TORCH_CHECK(kernel != 1 || rows == 4 || rows == 8, "rows must be 4 or 8, got ", rows);
     STD_TORCH_CHECK(kernel < 2 || (8 <= rows && rows <= 128 && rows % 8 == 0),
                     "rows must be a multiple of 8 up to 128, got ", rows);
     STD_TORCH_CHECK(0 <= precision && precision <= 2, "precision must be 0, 1 or 2, got ",
@@ -133,7 +134,7 @@ struct Run {
       if (kernel == 1) {
         STD_TORCH_CHECK(needs_of<kProduct>(call).threads > 0,
                         "there is no block scan for H = ", l.hidden, "; kernel 0 has any size");
-        BlockScan<kCellOf<Call>, kProduct>::launch(call, on);
+        BlockScan<kCellOf<Call>, kProduct>::launch(call, rows, on);
       } else {
         grid<kProduct>(call, arguments, on);
       }

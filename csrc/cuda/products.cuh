@@ -2,27 +2,32 @@
 // memory, sums in the registers of the lanes that need them.
 //
 // A warp owns 16 hidden units of all gates: one 16-row tile a gate. Its sums lie as tensor cores
-// leave them: with g = lane / 4 and q = lane % 4, slot i of a lane is unit g + 8 (i / 2) of the
-// warp's and row 2 q + i % 2 of the batch tile's 8. So a lane holds all gates of its four (unit,
-// row) slots and no value has to travel for the gate arithmetic.
+// leave them: with g = lane / 4 and q = lane % 4, sum i of a lane is of unit g + 8 (i / 2) of the
+// warp's and column 2 q + i % 2 of the operand's 8, which are rows of the batch. So a lane holds
+// all gates of its four (unit, row) slots and no value has to travel for the gate arithmetic. Where
+// a block has four rows only they are the even columns, and a lane has two slots: the gates, which
+// take longer than the products, then take half the time. (No column has to do with another: a row
+// has the same bits in either.)
 #pragma once
 
 #include "cuda/numbers.cuh"
 
 namespace fused_rnn::cuda {
 
-constexpr int kRows = 8;    // of a batch tile: the columns of one tensor core product
-constexpr int kUnits = 16;  // of a warp
-constexpr int kSlots = 4;   // of a lane
+constexpr int kColumns = 8;  // of one tensor core product, and of an operand
+constexpr int kUnits = 16;   // of a warp
+constexpr int kSums = 4;     // of a lane and tensor core product
 
 // Every derived constant of a product. kMaxUnits: the largest H. kHeld: how many steps along k have
 // their weights in registers; the others are in shared memory. kSources: operands (a forward scan
 // has one, the state; a backward scan one a gate). kParts: numbers an operand is the sum of.
-template <Product kProduct_, int kGates_, int kMaxUnits_, int kHeld_, int kSources_, int kParts_>
+// kLaneRows: two, or one where there are four rows.
+template <Product kProduct_, int kGates_, int kMaxUnits_, int kHeld_, int kSources_, int kParts_,
+          int kLaneRows_>
 struct ProductTraits {
   static constexpr Product kProduct = kProduct_;
   static constexpr int kGates = kGates_, kMaxUnits = kMaxUnits_, kSources = kSources_;
-  static constexpr int kParts = kParts_;
+  static constexpr int kParts = kParts_, kLaneRows = kLaneRows_;
   static constexpr bool kTensorCores = kProduct != Product::kIeee;
   static constexpr int kThreads = 2 * kMaxUnits;  // 32 for every 16 units
   // One step along k is 32 bytes of each row.
@@ -50,11 +55,11 @@ struct alignas(16) Quad {
   uint32_t x, y, z, w;
 };
 
-// An operand: kParts x kSources x [kRows, k]. Twice, for the step that reads and the one that
+// An operand: kParts x kSources x [kColumns, k]. Twice, for the step that reads and the one that
 // writes.
 template <class Traits>
 struct alignas(16) Operand {
-  unsigned char bytes[Traits::kParts][Traits::kSources][kRows][Traits::kRowBytes];
+  unsigned char bytes[Traits::kParts][Traits::kSources][kColumns][Traits::kRowBytes];
 };
 
 // Writes a number as the parts it is the sum of, the greatest first, each as operands have it.
@@ -99,16 +104,19 @@ FUSED_RNN_DEVICE void clear(Operand<Traits> (&operands)[2]) {
   for (int i = thread_index(); i < kQuads; i += thread_count()) store(at + i, Quad{0, 0, 0, 0});
 }
 
-// Sums of one warp, [chain][slot].
+// Sums of one warp.
 template <class Traits>
 struct Sums {
-  float of[Traits::kChains][kSlots] = {};
+  float of[Traits::kChains][kSums] = {};
 
+  static FUSED_RNN_DEVICE constexpr int sum_of(int slot) {
+    return slot / Traits::kLaneRows * 2 + slot % Traits::kLaneRows;
+  }
   // Of a gate, in a forward scan.
   FUSED_RNN_DEVICE float gate(int gate, int slot) const {
-    return Traits::kGates == 1 ? all(slot) : of[gate][slot];
+    return Traits::kGates == 1 ? all(slot) : of[gate][sum_of(slot)];
   }
-  FUSED_RNN_DEVICE float all(int slot) const { return of[0][slot] + of[1][slot]; }
+  FUSED_RNN_DEVICE float all(int slot) const { return of[0][sum_of(slot)] + of[1][sum_of(slot)]; }
 };
 
 // The A fragment of a tile of 16 rows, from `first` along k. element(m, k): the bits of a weight.
@@ -307,9 +315,9 @@ class PlainWeights {
       FUSED_RNN_UNROLL
       for (int gate = 0; gate < Traits::kGates; ++gate) {
         const int source = Traits::kSources == 1 ? 0 : gate;
-        float b[2][4];
+        float b[Traits::kLaneRows][4];
         FUSED_RNN_UNROLL
-        for (int n = 0; n < 2; ++n) {
+        for (int n = 0; n < Traits::kLaneRows; ++n) {
           get(b[n], reinterpret_cast<const float*>(operand.bytes[0][source][2 * q + n]) + k);
         }
         FUSED_RNN_UNROLL
@@ -319,7 +327,7 @@ class PlainWeights {
           FUSED_RNN_UNROLL
           for (int i = 0; i < 4; ++i) {
             FUSED_RNN_UNROLL
-            for (int n = 0; n < 2; ++n) {
+            for (int n = 0; n < Traits::kLaneRows; ++n) {
               float& sum = sums.of[Traits::chain_of(gate, 0)][2 * half + n];
               sum = multiply_add(a[i], b[n][i], sum);
             }

@@ -56,12 +56,13 @@ FUSED_RNN_DEVICE int64_t times(int n, int64_t stride) {
   return static_cast<int64_t>(static_cast<uint32_t>(n)) * stride;
 }
 
-// A lane's slots in a block scan; see products.cuh.
+// A lane's slots in a block scan of eight rows, two a lane, or of four; see products.cuh.
+template <int kLaneRows_>
 struct BlockPlace {
-  static constexpr int kSlots = 4, kLaneUnits = 2, kLaneRows = 2;
+  static constexpr int kLaneUnits = 2, kLaneRows = kLaneRows_, kSlots = kLaneUnits * kLaneRows;
+  static constexpr int kBlockRows = 4 * kLaneRows;
   int entry, hidden;
   int first_unit;   // the first slot's
-  int tile_row;     // the first row's place in the tile
   bool is[kSlots];  // whether a slot's row and unit exist
 
   FUSED_RNN_DEVICE BlockPlace(const Layer& layer, int64_t first_entry)
@@ -69,26 +70,28 @@ struct BlockPlace {
     const int lane = thread_index() % 32;
     entry = static_cast<int>(first_entry) + block_y();
     hidden = static_cast<int>(layer.hidden);
-    tile_row = 2 * (lane % 4);
     first_unit = thread_index() / 32 * kUnits + lane / 4;
     FUSED_RNN_UNROLL
-    for (int i = 0; i < kSlots; ++i) is[i] = row_is(i % 2) && unit(i) < hidden;
+    for (int i = 0; i < kSlots; ++i) is[i] = row_is(i % kLaneRows) && unit(i) < hidden;
   }
-  static FUSED_RNN_DEVICE constexpr int unit_index(int slot) { return slot / 2; }
-  static FUSED_RNN_DEVICE constexpr int slot_of_unit(int n) { return 2 * n; }
-  static FUSED_RNN_DEVICE int first_row() { return block_x() * kRows; }
-  FUSED_RNN_DEVICE int row(int n) const { return first_row() + tile_row + n; }
+  static FUSED_RNN_DEVICE constexpr int unit_index(int slot) { return slot / kLaneRows; }
+  static FUSED_RNN_DEVICE constexpr int slot_of_unit(int n) { return kLaneRows * n; }
+  static FUSED_RNN_DEVICE int first_row() { return block_x() * kBlockRows; }
+  // The lane's first row in the block, and the columns its rows have in an operand.
+  static FUSED_RNN_DEVICE int lane_row() { return thread_index() % 4 * kLaneRows; }
+  static FUSED_RNN_DEVICE int column(int slot) { return thread_index() % 4 * 2 + slot % kLaneRows; }
+  FUSED_RNN_DEVICE int row(int n) const { return first_row() + lane_row() + n; }
   FUSED_RNN_DEVICE bool row_is(int n) const { return row(n) < batch_; }
-  FUSED_RNN_DEVICE int unit(int slot) const { return first_unit + slot / 2 * 8; }
+  FUSED_RNN_DEVICE int unit(int slot) const { return first_unit + slot / kLaneRows * 8; }
   // Where the first slot's element lies at step t, and how far from there another's: what is the
   // same for the whole block in 64 bits, the rest in 32 (the launcher sees to it that eight rows
   // lie within reach), which saves registers.
   FUSED_RNN_DEVICE int64_t at(const Rows& rows, int t) const {
     return times(t, rows.step) + times(first_row(), rows.row) + times(entry, rows.entry) +
-           (tile_row * static_cast<int>(rows.row) + first_unit);
+           (lane_row() * static_cast<int>(rows.row) + first_unit);
   }
   static FUSED_RNN_DEVICE int beyond(const Rows& rows, int slot) {
-    return slot % 2 * static_cast<int>(rows.row) + slot / 2 * 8;
+    return slot % kLaneRows * static_cast<int>(rows.row) + slot / kLaneRows * 8;
   }
   FUSED_RNN_DEVICE int batch() const { return batch_; }
 
@@ -192,15 +195,18 @@ FUSED_RNN_DEVICE void get_flags(int (&bits)[Place::kLaneRows], const Place& plac
 }
 
 // Brings a tile's rows of `width` elements at step t into L2.
-FUSED_RNN_DEVICE void prefetch_rows(const BlockPlace& place, const Rows& rows, int t, int width) {
+template <int kLaneRows>
+FUSED_RNN_DEVICE void prefetch_rows(const BlockPlace<kLaneRows>& place, const Rows& rows, int t,
+                                    int width) {
+  constexpr int kBlockRows = BlockPlace<kLaneRows>::kBlockRows;
   if (rows.data == nullptr) return;
   const int size = rows.dtype == DType::kFloat32 ? 4 : 2;
   // (A row may begin anywhere in its first line; its last byte is asked for besides.)
   const int lines = width * size / 128 + 2;
   const int64_t first =
       times(t, rows.step) + times(place.first_row(), rows.row) + times(place.entry, rows.entry);
-  for (int i = thread_index(); i < kRows * lines; i += thread_count()) {
-    const int row = i % kRows, line = i / kRows;
+  for (int i = thread_index(); i < kBlockRows * lines; i += thread_count()) {
+    const int row = i % kBlockRows, line = i / kBlockRows;
     const int at = line + 1 == lines ? width - 1 : line * (128 / size);
     if (place.first_row() + row < place.batch() && at < width) {
       const int64_t element = first + row * static_cast<int>(rows.row) + at;

@@ -131,8 +131,7 @@ def _run(name: str, w_hh: Tensor, sequence: Tensor, *args, proj=0, reset_after=T
     if device.type == "cuda":
         on, stream = torch.cuda.device(device), torch.cuda.current_stream(device).cuda_stream
     op = getattr(torch.ops.fused_rnn, f"cuda_scan_{name}").default
-    rows = kernel.rows if isinstance(kernel, planning.Grid) else 0
-    choice = (kernel.kernel, rows, PRECISIONS.index(precision), stream)
+    choice = (kernel.kernel, kernel.rows, PRECISIONS.index(precision), stream)
     products = _no_less_than(precision, device) if kernel.kind == "step" else _NOTHING
     with torch.no_grad(), on, products:
         try:

@@ -30,7 +30,7 @@ from fused_rnn.plan import chosen as triton_chosen
 KERNELS = ("step", "block", "grid", "wide grid")  # as the operators number them
 PRODUCTS = ("bfloat16", "float16", "tf32", "tf32x3", "ieee")  # as csrc/cuda/params.h does
 HALVES = PRODUCTS[:2]  # of 16-bit numbers
-ROWS = 8  # of the batch, of one block scan's block
+COLUMNS = 8  # of one tensor core product: rows of the batch, of which a block scan has 8 or 4
 UNITS = 16  # of a warp of a block scan, of a block of a grid scan
 WARPS = 8  # of a block of a grid scan
 GROUP = 16  # rows of a grid scan's batch tile that take a step together
@@ -38,12 +38,13 @@ GROUP = 16  # rows of a grid scan's batch tile that take a step together
 
 @dataclass(frozen=True)
 class Block:
-    """The block scan: one block of threads runs the sequence for 8 rows of an entry.
+    """The block scan: one block of threads runs the sequence for 8 rows of an entry, or 4.
 
     max_units: the size of its kernel; held: steps along k, of 32 bytes of a row each, whose weights
     are in registers, the others being in shared memory.
     """
 
+    rows: int
     max_units: int
     held: int
     threads: int
@@ -80,6 +81,7 @@ class Step:
 
     kind = "step"
     kernel = KERNELS.index(kind)
+    rows = 0
 
 
 def product_of(shape: Shape) -> str:
@@ -124,7 +126,7 @@ def operand_bytes(shape: Shape, max_units: int) -> int:
         parts = 3  # the state unrounded
     sources = shape.gates if shape.backward else 1
     row = _ceil(max_units * (2 if half else 4), 64) * 64 + 16
-    return 2 * parts * sources * ROWS * row
+    return 2 * parts * sources * COLUMNS * row
 
 
 def weight_bytes(shape: Shape, held: int) -> int:
@@ -137,21 +139,25 @@ def weight_bytes(shape: Shape, held: int) -> int:
     return 16 * 32 * shape.gates * warps * max(0, steps - held)
 
 
-def block_kernel(shape: Shape) -> Block | None:
-    """The block scan of a shape, whatever the device: the smallest its units fit. None where there
-    is none."""
+def block_kernel(shape: Shape, rows: int = COLUMNS) -> Block | None:
+    """The block scan of a shape for so many rows a block, whatever the device: the smallest its
+    units fit. None where there is none."""
     if shape.proj or not shape.reset_after or shape.dtype == torch.float64:
         return None
     for max_units, held in _sizes(shape.cell, product_of(shape), shape.backward):
         if max_units >= shape.H:
             shared = operand_bytes(shape, max_units) + weight_bytes(shape, held)
-            return Block(max_units, held, 32 * _ceil(shape.H, UNITS), shared)
+            return Block(rows, max_units, held, 32 * _ceil(shape.H, UNITS), shared)
     return None
 
 
 def block_plan(device: Device, shape: Shape) -> Block | None:
-    """The block scan of a shape, where the device has the shared memory and tensor cores for it."""
-    found = block_kernel(shape)
+    """The block scan of a shape, where the device has the shared memory and tensor cores for it: of
+    four rows a block, whose gates take half the time, as long as that keeps no multiprocessor busy
+    twice. (A row has the same bits in either.)"""
+    half = COLUMNS // 2
+    few = shape.S * _ceil(shape.B, half) <= device.multiprocessors
+    found = block_kernel(shape, half if few else COLUMNS)
     if found is None or device.backend != "cuda" or int(device.arch) < 80:
         return None
     return found if found.shared <= device.shared else None
@@ -271,7 +277,7 @@ def predict_grid(device: Device, shape: Shape, plan: Grid, sequences: float) -> 
     parts = 3 if size == 2 and shape.cell == "rnn" and not shape.backward else 1
     sources = shape.gates if shape.backward else 1
     tiles, scattering = grid_tiles(shape, plan.units), scatters(shape)
-    rows = min(plan.rows, _ceil(shape.B, ROWS) * ROWS)
+    rows = min(plan.rows, _ceil(shape.B, COLUMNS) * COLUMNS)
     groups, in_group = _ceil(rows, GROUP), min(rows, GROUP)
     launch = max(1, blocks_together(device) // plan.slices)  # pairs
     pairs = shape.S * _ceil(shape.B, plan.rows)
@@ -329,16 +335,16 @@ def predict(device: Device, shape: Shape, plan: Block | Grid | Step) -> Predicti
     product = product_of(shape)
     size = 2 if product in HALVES else 4
     units = plan.threads // 2
-    each = _ceil(shape.S * _ceil(shape.B, ROWS), device.multiprocessors)  # blocks, in all
+    each = _ceil(shape.S * _ceil(shape.B, plan.rows), device.multiprocessors)  # blocks, in all
     together = max(1, min(each, device.shared // plan.shared, 65536 // (plan.threads * 168)))
-    work = gates * units * units * ROWS / rate_of(device, shape)
+    work = gates * units * units * COLUMNS / rate_of(device, shape)
     # Every warp reads every operand, and its own weights that are not in registers.
-    parts = operand_bytes(shape, plan.max_units) // (2 * ROWS * plan.max_units * size)
-    read = plan.threads // 32 * parts * ROWS * units * size + weight_bytes(shape, plan.held)
+    parts = operand_bytes(shape, plan.max_units) // (2 * COLUMNS * plan.max_units * size)
+    read = plan.threads // 32 * parts * COLUMNS * units * size + weight_bytes(shape, plan.held)
     chain = units * size / 32 * MMA_CYCLES * (3 if product == "tf32x3" else 1)
     if product == "ieee":
         chain = units * 4.0  # one multiply-add after another
-    arithmetic = arithmetic_cycles(shape, units * ROWS, _exponential(shape))
+    arithmetic = arithmetic_cycles(shape, units * plan.rows, _exponential(shape))
     alone = max(work, read / 128, chain) + arithmetic + EXCHANGE_CYCLES + L2_CYCLES / 4
     return Prediction(
         plan,
