@@ -77,8 +77,9 @@ def test_every_size_of_the_plan_has_a_kernel(unit):
     for backward in (False, True):
         sizes = {k: list(h) for k, h in cuda_aot.planned(unit).items() if k[2] == backward}
         if unit.source == "block_scan.cu":
-            hidden = [h for each in sizes.values() for h in each]
-            assert hidden == list(range(1, max(hidden) + 1))
+            for lane_rows in (1, 2):
+                hidden = [h for key, each in sizes.items() if key[5] == lane_rows for h in each]
+                assert hidden == list(range(1, max(hidden) + 1))
             assert all(max(h) == key[3] for key, h in sizes.items())
         else:
             assert all(h == list(cuda_aot.SIZES["grid_scan.cu"]) for h in sizes.values())
@@ -95,12 +96,12 @@ def symbol(way, lane, traits):
 
 
 def test_kernel_names():
-    traits = ("Product", 3, "3, 128, 7, 3, 2")
-    block = symbol("block_backward", ("GruBackward", 3, "BlockPlace"), traits)
-    scan = BlockScan("gru", "tf32x3", True, 128, 7, gates=3, sources=3, parts=2)
+    traits = ("Product", 3, "3, 128, 7, 3, 2, 1")
+    block = symbol("block_backward", ("GruBackward", 3, "BlockPlace<1> "), traits)
+    scan = BlockScan("gru", "tf32x3", True, 128, 7, 1, gates=3, sources=3, parts=2)
     assert cuda_aot.parse_name(block) == scan
     assert cuda_aot.unit_of(scan) == ("block_scan.cu", "gru", "tf32x3")
-    assert str(scan) == "block_scan gru tf32x3 backward [128 7]"
+    assert str(scan) == "block_scan gru tf32x3 backward [128 7 1]"
 
     traits = ("Grid", 0, "4, true, 1, 12, 2")
     grid = symbol("grid_backward", ("LstmBackward", 0, "GridPlace<2> "), traits)
@@ -117,13 +118,18 @@ def test_kernel_names():
 @pytest.mark.parametrize(
     "name",
     [
-        ("block_forward", ("RnnForward", 1, "BlockPlace"), ("Product", 0, "1, 64, 4, 1, 3")),
-        ("block_forward", ("RnnBackward", 0, "BlockPlace"), ("Product", 0, "1, 64, 4, 1, 3")),
-        ("block_forward", ("RnnForward", 0, "GridPlace<1> "), ("Product", 0, "1, 64, 4, 1, 3")),
-        ("block_forward", ("RnnForward", 0, "BlockPlace"), ("Grid", 0, "1, false, 3, 8, 1")),
+        ("block_forward", ("RnnForward", 1, "BlockPlace<2> "), ("Product", 0, "1, 64, 4, 1, 3, 2")),
+        ("block_forward", ("RnnForward", 0, "BlockPlace<1> "), ("Product", 0, "1, 64, 4, 1, 3, 2")),
+        (
+            "block_forward",
+            ("RnnBackward", 0, "BlockPlace<2> "),
+            ("Product", 0, "1, 64, 4, 1, 3, 2"),
+        ),
+        ("block_forward", ("RnnForward", 0, "GridPlace<1> "), ("Product", 0, "1, 64, 4, 1, 3, 1")),
+        ("block_forward", ("RnnForward", 0, "BlockPlace<2> "), ("Grid", 0, "1, false, 3, 8, 1")),
         ("grid_forward", ("RnnForward", 1, "GridPlace<1> "), ("Grid", 0, "1, false, 3, 8, 1")),
         ("grid_forward", ("RnnBackward", 0, "GridPlace<1> "), ("Grid", 0, "1, false, 3, 8, 1")),
-        ("grid_forward", ("RnnForward", 0, "BlockPlace"), ("Grid", 0, "1, false, 3, 8, 1")),
+        ("grid_forward", ("RnnForward", 0, "BlockPlace<1> "), ("Grid", 0, "1, false, 3, 8, 1")),
         ("grid_forward", ("RnnForward", 0, "GridPlace<1> "), ("Grid", 0, "1, true, 3, 8, 1")),
         ("grid_backward", ("RnnBackward", 0, "GridPlace<1> "), ("Grid", 0, "1, false, 1, 12, 1")),
         ("grid_backward", ("GruBackward", 0, "GridPlace<2> "), ("Grid", 0, "3, true, 1, 12, 1")),
@@ -186,10 +192,11 @@ FUSED_RNN_KERNEL(32) give(uint32_t* flag, float* to) {
   if constexpr (kOrder == 0) store_relaxed(flag, 1);
   if constexpr (kOrder == 1) store_release(flag, 1);
   if constexpr (kOrder == 2) { fence(); store_relaxed(flag, 1); }
+  if constexpr (kOrder == 3) add_release(flag, 1);
 }
 #define TAKE(order) template __global__ void take<order>(uint32_t*, const float*, float*);
 #define GIVE(order) template __global__ void give<order>(uint32_t*, float*);
-TAKE(0) TAKE(1) TAKE(2) GIVE(0) GIVE(1) GIVE(2)
+TAKE(0) TAKE(1) TAKE(2) GIVE(0) GIVE(1) GIVE(2) GIVE(3)
 """
 
 
@@ -204,6 +211,7 @@ def test_compiled_acquires_and_releases_are_seen(toolkit, architecture, tmp_path
         taking, giving = (found[Pointwise(f"{name}<{order}>")] for name in ("take", "give"))
         assert taking.acquires == (order != 0) and giving.releases == (order != 0)
         assert taking.releases == giving.acquires == 0
+    assert found[Pointwise("give<3>")].releases == 1
 
 
 def test_what_does_not_compile_is_seen(toolkit):
@@ -211,7 +219,7 @@ def test_what_does_not_compile_is_seen(toolkit):
     assert found[:3] == ("sm_1", None, None) and "does not compile" in found[3][0]
 
 
-SCAN = BlockScan("lstm", "bfloat16", True, 64, 4, gates=4, sources=4, parts=1)
+SCAN = BlockScan("lstm", "bfloat16", True, 64, 4, 2, gates=4, sources=4, parts=1)
 OPS = Counter({"HMMA.16816.F32.BF16": 32, "LDSM.16.M88.4": 16})
 GOOD = Report(212, stack=0, spilled=0, local=0, threads=128, shared=0, ops=OPS)
 

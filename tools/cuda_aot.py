@@ -79,8 +79,8 @@ TENSOR_OP = {
 # Accesses at the scope of the GPU, and what orders others by them: after an acquire nothing is read
 # before what the multiprocessor's own cache holds is forgotten; before a release nothing is
 # accessed after the wait for all that was written.
-ACCESS, STRONG = r"(?:LD|ST)G?\.", r"G?\.E(?:\.\w+)*\.STRONG\.GPU"
-LOAD, STORE = f"LD{STRONG}", f"ST{STRONG}"
+ACCESS, STRONG = r"(?:LD|ST|RED|ATOM)G?\.", r"G?\.E(?:\.\w+)*\.STRONG\.GPU"
+LOAD, STORE = f"LD{STRONG}", f"(?:ST|RED){STRONG}"
 ACQUIRE = rf"\b{LOAD}(?: (?!{ACCESS})\S+)* CCTL\.IVALL\b"
 RELEASE = rf"\bMEMBAR\S*\.GPU(?: (?!{ACCESS})\S+)* {STORE}\b"
 
@@ -93,6 +93,7 @@ class BlockScan(NamedTuple):
     backward: bool
     max_units: int
     held: int
+    lane_rows: int  # a quarter of the block's
     gates: int
     sources: int
     parts: int
@@ -102,10 +103,10 @@ class BlockScan(NamedTuple):
     @property
     def key(self) -> tuple:
         """What the plan tells it by."""
-        return self[:5]
+        return self[:6]
 
     def __str__(self):
-        return f"{_title(self)} [{self.max_units} {self.held}]"
+        return f"{_title(self)} [{self.max_units} {self.held} {self.lane_rows}]"
 
 
 class GridScan(NamedTuple):
@@ -223,9 +224,9 @@ SCAN_NAMES = {
     for scan, place, traits in (
         (
             BlockScan,
-            r"BlockPlace",
+            r"BlockPlace<(?P<lane_rows>\d)>",
             r"ProductTraits<\(Product\)(?P=product), (?P<gates>\d), (?P<max_units>\d+), "
-            r"(?P<held>\d+), (?P<sources>\d), (?P<parts>\d)>",
+            r"(?P<held>\d+), (?P<sources>\d), (?P<parts>\d), (?P=lane_rows)>",
         ),
         (
             GridScan,
@@ -336,14 +337,15 @@ def planned(unit: Unit) -> dict[tuple, dict[int, planning.Block | planning.Grid]
     for backward, hidden in itertools.product((False, True), SIZES[unit.source]):
         shape = shape_of(unit, hidden, backward)
         if unit.source == "block_scan.cu":
-            plans = [planning.block_kernel(shape)]
+            plans = [planning.block_kernel(shape, rows) for rows in (4, 8)]
         else:
             widths = (planning.UNITS, 2 * planning.UNITS)
             plans = [planning.grid_kernel(shape, planning.GROUP, units) for units in widths]
         for plan in filter(None, plans):
-            size = plan.max_units if plan.kind == "block" else plan.units // planning.UNITS
+            block = plan.kind == "block"
+            size = plan.max_units if block else plan.units // planning.UNITS
             key = (unit.cell, unit.product, backward, size, plan.held)
-            found.setdefault(key, {})[hidden] = plan
+            found.setdefault((*key, plan.rows // 4) if block else key, {})[hidden] = plan
     return found
 
 
@@ -370,7 +372,7 @@ def operand_bytes(kernel: BlockScan) -> int:
     """Shared memory of a block's operands, as the kernel has it from its template arguments."""
     size = 2 if kernel.product in planning.HALVES else 4
     row = -(-kernel.max_units * size // 64) * 64 + 16
-    return 2 * kernel.parts * kernel.sources * planning.ROWS * row
+    return 2 * kernel.parts * kernel.sources * planning.COLUMNS * row
 
 
 def faults(device: Device, kernel: Kernel, report: Report) -> list[str]:
@@ -439,7 +441,7 @@ def _faults_of_product(kernel: BlockScan | GridScan, report: Report) -> list[str
     else:
         shape = shape_of(unit_of(kernel), planning.UNITS, kernel.backward)
         tiles = planning.grid_tiles(shape, kernel.units)
-        fewest = tiles * 2 * kernel.held * (planning.GROUP // planning.ROWS)
+        fewest = tiles * 2 * kernel.held * (planning.GROUP // planning.COLUMNS)
     fewest *= 3 if kernel.product == "tf32x3" else kernel.parts
     if report.ops[wanted] < fewest:
         found.append(f"has {report.ops[wanted]} {wanted}, {fewest} are the least")
@@ -494,7 +496,7 @@ def compile_all(toolkit, pairs: list[tuple[str, Unit]], jobs: int = 2):
 
 COLUMNS = (
     *("architecture", "kernel", "cell", "product", "direction", "max_units", "block_units"),
-    *("held", "threads", "registers", "spilled", "largest_H", "shared", "tensor_ops"),
+    *("block_rows", "held", "threads", "registers", "spilled", "largest_H", "shared", "tensor_ops"),
     *("ldmatrix", "faults"),
 )
 
@@ -503,12 +505,13 @@ def row_of(architecture, kernel, report, wrong) -> tuple:
     """A row of the table; shared is of the launch at the largest H that runs on the device."""
     if kernel is None:
         return (architecture, *("",) * (len(COLUMNS) - 2), "; ".join(wrong))
-    name, which, sizes = str(kernel), ("",) * 6, ("", "")
+    name, which, sizes = str(kernel), ("",) * 7, ("", "")
     if not isinstance(kernel, Pointwise):
         direction = direction_of(kernel)
         name = f"{kernel.family}_{direction}"
-        units = (kernel.max_units, "") if isinstance(kernel, BlockScan) else ("", kernel.units)
-        which = (kernel.cell, kernel.product, direction, *units, kernel.held)
+        block = isinstance(kernel, BlockScan)
+        size = (kernel.max_units, "", 4 * kernel.lane_rows) if block else ("", kernel.units, "")
+        which = (kernel.cell, kernel.product, direction, *size, kernel.held)
         sizes = largest(device_of(architecture), kernel)
         sizes = sizes if sizes[0] else ("", "")
     ldmatrix = sum(report.matching("LDSM").values())
