@@ -453,7 +453,9 @@ def matmul_plan(
     if dtype == torch.float64:
         return MatmulPlan(32, 32, block_k, 4, 1)
     if precision == "tf32x3":
-        return MatmulPlan(64, 64, block_k, *((4, 3, 3) if hopper and aligned else (8, 2)))
+        if hopper:  # eight warps would share 64 rows of wgmma by doing some of them twice
+            return MatmulPlan(64, 64, block_k, 4, *((3, 3) if aligned else (2, 1)))
+        return MatmulPlan(64, 64, block_k, 8, 2)
     few = cuda and int(device.arch) < 100
     few = few and -(-rows // 128) * -(-L // 128) < device.multiprocessors
     if dtype == torch.float32 and precision == "ieee":
@@ -469,11 +471,9 @@ def matmul_plan(
         # Operands are rounded in registers, and b goes back to shared memory: three programs, so
         # that two have products to do meanwhile.
         return MatmulPlan(64, block_l, block_k, 4, 3, 3)
-    return (
-        MatmulPlan(64, block_l, block_k, 4, 3, 2)
-        if few
-        else MatmulPlan(128, block_l, block_k, 8, 3, 2)
-    )
+    if few:
+        return MatmulPlan(64, block_l, block_k, 4, 3, 2)
+    return MatmulPlan(128, block_l, block_k, 8, 3, 2)
 
 
 def matmul_chunk(K: int, L: int) -> int:
