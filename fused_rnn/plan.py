@@ -233,7 +233,8 @@ def options(device: Device, plan) -> dict:
     registers than 128 or 168; it is told that all may be used."""
     found = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
     if device.backend == "cuda":
-        found["maxnreg"] = min(255, 65536 // (32 * plan.num_warps) // 8 * 8)
+        threads = 32 * plan.num_warps * getattr(plan, "programs", 1)
+        found["maxnreg"] = min(255, 65536 // threads // 8 * 8)
     return found
 
 
@@ -414,39 +415,75 @@ def torch_is_faster(device: Device, shape: Shape) -> bool:
 
 @dataclass(frozen=True)
 class MatmulPlan:
-    """Tiles of the matrix product."""
+    """Tiles of the matrix product; programs: how many a multiprocessor shall hold at a time, one's
+    loads and stores behind another's products."""
 
     block_m: int
     block_l: int
     block_k: int
     num_warps: int
     num_stages: int
+    programs: int = 1
+
+
+def matmul_block_k(dtype: torch.dtype, precision: str) -> int:
+    """Terms a step of the product takes; in float32, unless in plain TF32, also the terms that are
+    summed by themselves before they are added to the total."""
+    if dtype.itemsize == 2:
+        return 64
+    return 32 if dtype == torch.float32 and precision == "tf32" else 16
 
 
 def matmul_plan(
-    device: Device, L: int, dtype: torch.dtype, precision: str, aligned: bool = True
+    device: Device, rows: int, L: int, dtype: torch.dtype, precision: str, aligned: bool = True
 ) -> MatmulPlan:
-    """Tiles by the width of the result, the dtype, and whether rows begin at multiples of 16
-    elements; block_k, on which the order of sums depends, by the dtype alone, because a row's bits
-    may not depend on the number of rows."""
-    stages = 2 if device.backend == "hip" else 3
+    """Tiles by the rows and width of the result, parts of its sums counted as rows, the dtype, and
+    whether all operands can be read 16 bytes at a time.
+
+    A row's bits may not depend on the number of rows, so nothing here that rows decide may change
+    the order of an element's sum: block_k is ``matmul_block_k`` for all, and every tile that can be
+    had instead of another takes the same kind of instruction, which has one depth in k. FMA takes
+    one term after another in any tile. Hopper multiplies by wgmma where tiles have 64 rows or a
+    multiple and warps come in fours, which is all there is here for tensor cores; earlier GPUs by
+    mma.sync in any tile. Of AMD's and Blackwell's instructions less is known, so rows decide
+    nothing there.
+    """
+    block_k = matmul_block_k(dtype, precision)
+    cuda, hopper = device.backend == "cuda", device.backend == "cuda" and device.arch == 90
     if dtype == torch.float64:
-        return MatmulPlan(32, 32, 16, 4, 1)
-    if dtype == torch.float32 and precision == "ieee":
-        return MatmulPlan(64, 64, 16, 8, 2)
-    narrow = L <= 64
-    block_k = 64 if dtype.itemsize == 2 else 32
+        return MatmulPlan(32, 32, block_k, 4, 1)
     if precision == "tf32x3":
-        return MatmulPlan(64, 64, 16, 8, 2)
+        if hopper:  # eight warps would share 64 rows of wgmma by doing some of them twice
+            return MatmulPlan(64, 64, block_k, 4, *((3, 3) if aligned else (2, 1)))
+        return MatmulPlan(64, 64, block_k, 8, 2)
+    few = cuda and int(device.arch) < 100
+    few = few and -(-rows // 128) * -(-L // 128) < device.multiprocessors
+    if dtype == torch.float32 and precision == "ieee":
+        if few or not cuda or not aligned:
+            return MatmulPlan(64, 64, block_k, 8, 2)
+        return MatmulPlan(128, 64, block_k, 8, 3, 2 if int(device.arch) < 100 else 1)
     if not aligned:  # read element by element, each with an address in a register
         return MatmulPlan(64, 64, block_k, 8, 1)
-    return MatmulPlan(128, 64 if narrow else 128, block_k, 8, stages)
+    block_l = 64 if L <= 64 else 128
+    if not hopper:
+        return MatmulPlan(128, block_l, block_k, 8, 3 if cuda and device.shared > 160 * 1024 else 2)
+    if dtype == torch.float32:
+        # Operands are rounded in registers, and b goes back to shared memory: three programs, so
+        # that two have products to do meanwhile.
+        return MatmulPlan(64, block_l, block_k, 4, 3, 3)
+    if few:
+        return MatmulPlan(64, block_l, block_k, 4, 3, 2)
+    return MatmulPlan(128, block_l, block_k, 8, 3, 2)
 
 
 def matmul_chunk(K: int, L: int) -> int:
-    """Terms summed by one program: long sums, of which weight gradients are made, are shared out,
-    the more the narrower the result, whose partial sums have to be stored. Depends on K and L
-    alone, for the same reason."""
-    parts = max(1, min(64, 8192 // L))
-    chunk = max(2048, -(-K // parts))
-    return -(-chunk // 128) * 128
+    """Terms summed by one program. Sums beyond 4096 terms, which are weight gradients as a rule,
+    are shared out, the more the narrower the result: it has some four times as many rows as
+    columns, so this makes about 256 tiles of 128 by 128; partial sums have to be stored, and none
+    is shorter than 1024. Beyond 16384 terms even wide results are. Depends on K and L alone: a
+    row's bits may not depend on the rows."""
+    if K <= 4096:
+        return -(-max(K, 1) // 128) * 128
+    room = max(1, min(64, 8192 // L))
+    parts = min(room, max(1, (1 << 20) // (L * L), -(-K // 16384)))
+    return -(-max(1024, -(-K // parts)) // 128) * 128

@@ -184,17 +184,34 @@ def test_more_of_anything_takes_no_less_time():
             assert large.total >= small.total
 
 
-def test_matmul_plans_do_not_know_the_rows():
-    """A row's sums are taken in the same order whatever rows are beside it."""
-    for K, L in itertools.product((1, 2000, 4096, 1_000_000), (1, 64, 1024, 8192)):
+def test_sums_are_shared_out_by_their_length_and_width():
+    """In parts that leave memory alone; not those of a projection or its gradient."""
+    for K, L in itertools.product((1, 2000, 4096, 8192, 1_000_000), (1, 64, 1024, 8192)):
         chunk = plan.matmul_chunk(K, L)
         parts = -(-K // chunk)
         assert chunk % 128 == 0 and parts <= 64
         assert parts * L <= max(8192, L)  # what partial sums may take of memory
+        assert parts == 1 or K > 4096
+    assert plan.matmul_chunk(32768, 128) == 1024
+    assert plan.matmul_chunk(8192, 512) == 2048
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=lambda device: device.name)
+def test_rows_do_not_choose_the_order_of_sums(device):
+    """Neither terms a step nor, of tensor cores, the kind of instruction."""
     for dtype, precision in ((d, p) for d in DTYPES for p in plan.PRECISIONS):
-        for device in DEVICES.values():
-            plans = [plan.matmul_plan(device, 64, dtype, precision, a) for a in (True, False)]
-            assert plans[0].block_k == plans[1].block_k
+        for width, aligned in itertools.product((64, 512, 4096), (True, False)):
+            plans = {
+                plan.matmul_plan(device, rows, width, dtype, precision, aligned)
+                for rows in (1, 64, 1000, 8192, 1 << 20)
+            }
+            assert {p.block_k for p in plans} == {plan.matmul_block_k(dtype, precision)}
+            if device.arch == 90 and (dtype.itemsize == 2 or precision != "ieee"):
+                # Hopper's wgmma, whatever the tile.
+                if dtype != torch.float64:
+                    assert all(p.block_m % 64 == 0 and p.num_warps % 4 == 0 for p in plans)
+            elif len(plans) > 1:
+                assert (device.backend == "cuda" and int(device.arch) < 100) or precision == "ieee"
 
 
 @pytest.fixture(params=[True, False], ids=["cuda", "no cuda"])

@@ -116,6 +116,40 @@ def test_precisions_of_float32_products():
     assert errors["tf32x3"] <= 2**-19 * size
 
 
+@pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
+def test_long_sums_of_float32(precision):
+    """A chain of all terms would have the error of thousands of roundings, and on tensor cores, of
+    truncations, all to one side: terms of one sign show it."""
+    a, b = torch.rand(1, 8, 6000), torch.rand(1, 6000, 24)
+    exact = a.double() @ b.double()
+    chain = torch.zeros(1, 8, 24)
+    for k in range(a.shape[2]):
+        chain += a[:, :, k : k + 1] * b[:, k : k + 1]
+    plain = error(a @ b, exact)
+    got = error(multiply(a, b, precision), exact)
+    assert got <= 2 * max(plain, 2**-23 * float(exact.max()))
+    assert got < error(chain, exact) / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", [(300, 96, 80), (70, 5000, 33), (65, 200, 16)])
+def test_rows_of_a_product_do_not_know_one_another(sizes, dtype):
+    """A row alone, read where it lies or from a copy, and in the batch: the same bits."""
+    rows, k, n = sizes
+    a, b = torch.randn(1, rows, k).to(dtype), torch.randn(1, k, n).to(dtype)
+    for precision in plan.PRECISIONS if dtype == torch.float32 else ("ieee",):
+        whole = multiply(a, b, precision)
+        for some in (slice(0, 1), slice(rows - 1, rows), slice(3, 67)):
+            found = multiply(a[:, some], b, precision)
+            if interpreted("triton"):  # NumPy's products, which have an order of their own
+                torch.testing.assert_close(found, whole[:, some], rtol=1e-5, atol=1e-4)
+            else:
+                assert torch.equal(found, whole[:, some])
+        columns = multiply(a.mT.contiguous().mT, b, precision)
+        if not interpreted("triton"):
+            assert torch.equal(columns, whole)
+
+
 def test_tf32_rounds_to_nearest():
     """Ties and neighbours of a TF32 number, infinities, NaN, the largest float."""
     one = torch.ones(1, 1, 1)

@@ -52,7 +52,7 @@ _IO = set(
         "dn_operand",
     ]
 )
-_SIZES = ("H", "P", "L", "a_n", "a_m", "a_k", "b_n", "b_k")
+_SIZES = ("H", "P", "L", "a_n", "a_m", "a_k", "b_n", "b_k", "b_l")
 _SHORT = {
     torch.float32: "fp32",
     torch.float64: "fp64",
@@ -160,14 +160,23 @@ def configurations(device: Device) -> list[Configuration]:
                 found[key._replace(plan=_untold(prediction.plan))] = key
     for dtype, aligned in itertools.product(_SHORT, (True, False)):
         for precision in precisions_of(device, dtype):
-            for width, turned in itertools.product((64, 1024), (False, True)):
-                plan = planning.matmul_plan(device, width, dtype, precision, aligned)
-                turned_a = (("TRANSPOSED_A", turned),)
-                key = Configuration("matmul_tiles", dtype, precision, turned_a, plan, aligned)
-                found[key] = key
-    parts = MatmulPlan(1024, 1024, 1024, 4, 1)
+            # Projections, gradients of their inputs, of their weights: operands' axes without gaps.
+            ways = (("a_k", "b_k"), ("a_k", "b_l"), ("a_m", "b_l"))
+            for rows, width, way in itertools.product((16, 1 << 20), (64, 1024), ways):
+                plan = planning.matmul_plan(device, rows, width, dtype, precision, aligned)
+                # Gradients are float32 where the rest has 16 bits. Of K that is no multiple of the
+                # blocks' and of one that is, one each.
+                step = 16 if aligned else 1
+                found_a = [(_SHORT[dtype], plan.block_k if aligned else 1)]
+                if dtype.itemsize == 2:
+                    found_a.append(("fp32", step))
+                for a, k_step in found_a:
+                    constants = (("A", a), ("CONTIGUOUS", way), ("K_STEP", k_step))
+                    key = Configuration("matmul_tiles", dtype, precision, constants, plan, aligned)
+                    found[key] = key
+    parts = MatmulPlan(512, 512, 512, 4, 1)
     for dtype in (torch.float32, torch.float64):
-        key = Configuration("sum_parts", dtype, "ieee", (("BLOCK", 1024),), parts, True)
+        key = Configuration("sum_parts", dtype, "ieee", (("BLOCK", 512),), parts, True)
         found[key] = key
     return list(found.values())
 
@@ -187,14 +196,13 @@ def _source(configuration: Configuration) -> ASTSource:
         "PRECISION": configuration.precision,
         "ACC": TL_DTYPE[torch.float64 if io == "fp64" else torch.float32],
         "IO": TL_DTYPE[configuration.dtype],
-        "M_ALIGNED": configuration.aligned,
-        "K_ALIGNED": configuration.aligned,
+        "M_STEP": 16 if configuration.aligned else 1,
         **dict(configuration.constants),
         **{name.upper(): size for name, size in vars(plan).items() if name.startswith("block_")},
     }
     if configuration.kernel == "matmul_tiles":
         constants["HAS_BIAS"] = True
-    one = "a_m" if constants.get("TRANSPOSED_A") else "a_k"
+    one = constants.get("CONTIGUOUS", ())
     signature, constexprs, attrs = {}, {}, {}
     for position, name in enumerate(inspect.signature(function.fn).parameters):
         if name.isupper() and len(name) > 1:
@@ -202,11 +210,12 @@ def _source(configuration: Configuration) -> ASTSource:
         elif name == "flags":
             signature[name] = "*i32"
         elif configuration.kernel == "matmul_tiles" and name in ("a", "b", "bias", "out"):
-            signature[name] = "*" + (acc if name == "out" else io)
+            kind = {"a": constants["A"], "b": io, "bias": acc, "out": acc}[name]
+            signature[name] = "*" + kind
             attrs[(position,)] = [["tt.divisibility", 16]]
         elif configuration.kernel == "sum_parts":
             signature[name] = "i32" if name in ("count", "splits") else "*" + io
-        elif configuration.kernel == "matmul_tiles" and name in (one, "b_l"):
+        elif configuration.kernel == "matmul_tiles" and name in one:
             signature[name], constexprs[name] = "constexpr", 1
         elif configuration.kernel == "matmul_tiles" or _is_scalar(name):
             signature[name] = "i32"

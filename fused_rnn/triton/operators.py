@@ -292,6 +292,23 @@ def _operand_dtype(a: Tensor, b: Tensor) -> torch.dtype:
     return min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
 
 
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Strides, 0 along axes of one element, where they say nothing: kernels are compiled for what
+    strides are."""
+    return tuple(s if n > 1 else 0 for s, n in zip(x.stride(), x.shape, strict=True))
+
+
+def _reads_wide(x: Tensor) -> bool:
+    """Whether a kernel can read x 16 bytes at a time, by what Triton compiles for: one axis lies
+    without gaps, it and all other strides are multiples of 16."""
+    strides = _strides(x)
+    return (
+        any(s == 1 and n % 16 == 0 for s, n in zip(strides, x.shape, strict=True))
+        and all(s == 1 or s % 16 == 0 for s in strides)
+        and x.data_ptr() % 16 == 0
+    )
+
+
 def matrix_product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """The waist's matmul."""
     for name, tensor, axes in (("a", a, "[N, M, K]"), ("b", b, "[N, K, L]")):
@@ -316,23 +333,30 @@ def matrix_product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
         return out
     io = _operand_dtype(a, b)
     precision = precision_of(device, a.device.type, io)
-    # The axis along which rows of a lie in memory: that of the sum in products of many rows, the
-    # other one in sums over many rows.
-    along = K if a.stride(2) == 1 else M
-    plan = planning.matmul_plan(device, L, io, precision, along % 16 == 0 and L % 16 == 0)
-    chunk = min(planning.matmul_chunk(K, L), K)
-    splits = triton.cdiv(K, chunk) if K else 1
+    chunk = planning.matmul_chunk(K, L)
+    splits = max(1, triton.cdiv(K, chunk))
+    wide = L % 16 == 0 and _reads_wide(a) and _reads_wide(b)
+    plan = planning.matmul_plan(device, N * M * splits, L, io, precision, wide)
+    blocks = (chunk if splits > 1 else K + plan.block_k - 1) // plan.block_k
     parts = out if splits == 1 else out.new_empty((splits, *out.shape))
     tiles = triton.cdiv(M, plan.block_m) * triton.cdiv(L, plan.block_l)
-    sizes = (M, K, L, chunk, splits, M % 16 == 0, K % 16 == 0, bias is not None, TL_DTYPE[io])
-    blocks = (plan.block_m, plan.block_l, plan.block_k, precision)
+    k_step = next(step for step in (plan.block_k, 16, 1) if K % step == 0)
+    sizes = (M, K, L, blocks, splits, 16 if M % 16 == 0 else 1, k_step)
+    constants = (
+        bias is not None,
+        TL_DTYPE[io],
+        plan.block_m,
+        plan.block_l,
+        plan.block_k,
+        precision,
+    )
     options = planning.options(device, plan)
-    operands = (a, *a.stride(), b, *b.stride(), out if bias is None else bias, parts)
+    operands = (a, *_strides(a), b, *_strides(b), out if bias is None else bias, parts)
     with on(a.device):
-        matmul.matmul_tiles[(tiles * N * splits,)](*operands, *sizes, *blocks, **options)
+        matmul.matmul_tiles[(tiles * N * splits,)](*operands, *sizes, *constants, **options)
         if splits > 1:
-            grid = (triton.cdiv(out.numel(), 1024),)
-            matmul.sum_parts[grid](parts, out, out.numel(), splits, 1024)
+            grid = (triton.cdiv(out.numel(), 512),)
+            matmul.sum_parts[grid](parts, out, out.numel(), splits, 512)
     return out
 
 
