@@ -112,8 +112,7 @@ def _free_memory():
 
 
 def numerics():
-    """Parametrizes a test by (cell, shape), number and backend; what shares a float64 truth runs in
-    one process of pytest-xdist (--dist loadgroup).
+    """Parametrizes a test by cell, shape, number and backend.
 
     A Triton kernel is compiled, for a second or more, for each cell, number and power of two of a
     size. Of each pair of shapes every number has one there, in turn with the other; the CUDA
@@ -125,8 +124,7 @@ def numerics():
             if shape != "H64-B7-flags" if REHEARSAL else not turn:  # a rehearsal's are all alike
                 continue
             name = f"{backend}-{cell}-{shape}-{number}"
-            group = pytest.mark.xdist_group(f"{cell}-{shape}")
-            values.append(pytest.param(cell, shape, number, backend, id=name, marks=group))
+            values.append(pytest.param(cell, shape, number, backend, id=name))
     names = ("cell", "shape", "number", "backend")
     return pytest.mark.parametrize(names, values, indirect=["backend"])
 
@@ -170,9 +168,7 @@ def every_kind(*kinds: str):
 
 
 @pytest.mark.parametrize("number", [NUMBERS[1], NUMBERS[3]], ids=str)
-@pytest.mark.parametrize(
-    "cell", [pytest.param(cell, marks=pytest.mark.xdist_group(f"{cell}-kinds")) for cell in CELLS]
-)
+@pytest.mark.parametrize("cell", CELLS)
 @every_kind()
 def test_every_kind_of_plan(backend, kind, cell, number):
     hidden = 128 if number.dtype == torch.bfloat16 else 64  # what a block scan can hold
