@@ -258,13 +258,13 @@ def test_sanitize_runs_every_kernel(cuda_device, capsys):
     sizes = ["-T", "1", "-B", "2", "-H", "23"]
     assert sanitize.main(["--device", cuda_device, *sizes]) == 0
     out, err = capsys.readouterr()
-    assert out == "sanitize: 92 scans forward and back, 0 wrong results\n"
-    for words in ("block lstm H23 float32 tf32x3", "block rnn-relu H23 float16",
+    assert out == "sanitize: 112 scans forward and back, 0 wrong results\n"
+    for words in ("block 4 lstm H23 float32 tf32x3", "block 8 rnn-relu H23 float16",
                   "grid 8x16 gru H40 float32 tf32", "grid 16x32 lstm H40 bfloat16",
                   "step lstm-proj7 H23 bfloat16", "step gru-before H23 float64"):  # fmt: skip
         assert words in err, words
     assert sanitize.main(["--device", cuda_device, "--kernels", "block", *sizes]) == 0
-    assert capsys.readouterr().out == "sanitize: 20 scans forward and back, 0 wrong results\n"
+    assert capsys.readouterr().out == "sanitize: 40 scans forward and back, 0 wrong results\n"
 
 
 def test_scans_times_every_kernel(cuda_device, tmp_path, capsys):
@@ -280,7 +280,8 @@ def test_scans_times_every_kernel(cuda_device, tmp_path, capsys):
     ways = itertools.product(("lstm", "gru", "rnn"), ("bfloat16", "tf32"), (False, True))
     assert {way[:3] for way in found} == set(ways)
     assert sum(row["chosen"] for row in rows) == 12, "one of each"
-    assert {row["kernel"] for row in rows} >= {"block", "grid 8", "wide grid 8", "step"}
+    kernels = {row["kernel"] for row in rows}
+    assert kernels >= {"block 4", "block 8", "grid 8", "wide grid 8", "step"}
     for kind in ("block", "grid", "wide grid", "step"):
         assert f"\n{kind}: measured / model " in out
     assert scans.main([*arguments, "--limit", "0"]) == 0
