@@ -8,19 +8,21 @@ usage() {
 usage: benchmarks/gpu_check.sh [--rehearse] [--built] [--seconds N] FOLDER
 
 Runs from the source tree with $PYTHON (default: .venv/bin/python, else python3), which needs torch,
-Triton, pytest and pytest-xdist; no network, no git. Where nvcc is, it builds the CUDA backend for the GPU that is
-here; where compute-sanitizer is, it runs that. Leaves in FOLDER a log of every stage
-(NN_stage.log), the tests as JUnit XML, the benchmark's tables (bench_DTYPE/), what barriers and
-exchanges between blocks cost (microbench.json), the launch costs, the names of the kernels that
-ran, and summary.txt.
+Triton, pytest and pytest-xdist; no network, no git. Where nvcc is, it builds the CUDA backend for
+the GPU that is here; where compute-sanitizer is, it runs that. Leaves in FOLDER a log of every
+stage (NN_stage.log), the tests as JUnit XML, the benchmark's tables (bench_DTYPE/), what barriers
+and exchanges between blocks cost (microbench.json), what a step of each scan takes (scans.json),
+the launch costs, the names of the kernels that ran, and summary.txt.
 
   --built      use fused_rnn/*.so and build/microbench as they are, made elsewhere for a GPU like
                this one; builds only what does not load
   --seconds N  for everything together, 470 by default
-  CASES="..."  cases of the benchmark's tables, all by default; PROVIDERS="torch,ours" who is in them
   --rehearse   the same on a CPU, kernels interpreted or emulated, at tiny sizes: for errors in
                typing only. FUSED_RNN_CUDA_LIBRARY may name the emulated library, which is else
                built by what the tests need (ninja, pybind11, g++), or left out where that fails
+
+environment: CASES, cases of the benchmark's tables, "gpu speech/h256"; all uses by default
+             PROVIDERS, who is in them, "torch,ours:cuda"; torch,ours,ours:triton by default
 
 exit status: 0; 1 where a stage failed or ran out of its time; 2 where the arguments make no sense
 TEXT
@@ -63,17 +65,16 @@ export PYTHONPATH=$PWD PYTHONDONTWRITEBYTECODE=1
 export TRITON_CACHE_DIR=$WORK/triton # one for all stages: what one compiles serves the next
 unset FUSED_RNN_BACKEND FUSED_RNN_FP32_PRECISION
 
-# Of the seconds for everything: for compilation, and for all that runs side by side. (A stage gets
-# its own limit or what is left.)
-BUILD=130 CHECKS=160
-DEVICE=cuda EVERY=5 BENCH_BUDGET=0.3
+# Of the seconds for everything: for compilation, for all that runs side by side, and what the rest
+# leaves to the benchmark's tables. (A stage gets its own limit or what is left.)
+BUILD=130 CHECKS=160 RESERVE=$((TOTAL < 360 ? TOTAL / 4 : 90))
+DEVICE=cuda EVERY=5 BENCH_BUDGET=0.3 SLACK=20
 WORKERS=$(($(nproc) * 2 / 3)) # of the tests: sanitizers and verify run beside them
 LARGE=2_31 # the tests of tensors of gigabytes, for two of which at once there is not the memory
 CUDA_FILE=() # what pytest is told besides for tests/test_cuda.py and tests/test_cuda_grid.py
 SIZES=() QUICK=() PROFILE=() SANITIZE=()
 SELECTION=(gpu streaming online reinforcement_learning tagging time_series language_model)
 SELECTION+=(ragged speech)
-if [ -n "${CASES:-}" ]; then read -ra SELECTION <<<"$CASES"; fi
 if [ $REHEARSE = 1 ]; then
     BUILD=200 CHECKS=320 WORKERS=2 DEVICE=cpu EVERY=37 BENCH_BUDGET=0
     SELECTION=(gpu/ragged_h128 gpu/resets_h128)
@@ -83,6 +84,7 @@ if [ $REHEARSE = 1 ]; then
 else
     unset FUSED_RNN_CUDA_LIBRARY # the one that is built here is checked
 fi
+if [ -n "${CASES:-}" ]; then read -ra SELECTION <<<"$CASES"; fi
 
 # stage NAME LIMIT COMMAND...: runs it under its limit, its output in a log of its own. The number
 # is given out by the caller's shell, so stages may run side by side. What is late gets $SIGNAL.
@@ -90,7 +92,7 @@ NUMBER=0 SIGNAL=TERM
 stage() {
     local name=$1 limit=$2 left began=$SECONDS status=ok code
     shift 2
-    left=$((TOTAL - SECONDS))
+    left=$((TOTAL - RESERVE - SECONDS))
     if [ "$limit" -gt "$left" ]; then limit=$left; fi
     if [ "$limit" -le 0 ]; then
         echo "no time is left" >"$OUT/$name.log"
@@ -170,6 +172,10 @@ here = torch.cuda.get_device_capability(0) if torch.cuda.is_available() else (9,
 print("sm_{}{}".format(*here) + "a" * (here == (9, 0)))') || return
     "$PYTHON" tools/build_microbench.py --arch "$architecture" --out "$WORK/microbench"
 }
+scans() {
+    if [ -n "$CUDA_MISSING" ]; then echo "$CUDA_MISSING" && return 77; fi
+    "$PYTHON" -m benchmarks.scans --device $DEVICE --limit 45 "$@" --json "$OUT/scans.json"
+}
 microbench() {
     local code
     if [ ! -x "$WORK/microbench" ]; then echo "it is not built" && return 77; fi
@@ -200,7 +206,7 @@ tests() { # XML WORKERS EXPRESSION: the tests marked gpu that a -k expression na
     local files
     files=$(grep -l 'pytest\.mark\.gpu' tests/test_*.py | tac) # calls and grids before numerics
     # shellcheck disable=SC2086
-    run_pytest "$1" -m gpu -n "$2" -k "$3" $files
+    run_pytest "$1" -m gpu -n "$2" --dist loadgroup -k "$3" $files
 }
 cuda_file() { # XML WORKERS: the tests of every size of block scan, and of grid scans
     if [ -n "$CUDA_MISSING" ]; then echo "$CUDA_MISSING" && return 77; fi
@@ -254,8 +260,8 @@ benchmark() { # DTYPE LIMIT
         --out "$OUT/bench_$1"
 }
 # `timeout` runs programs, not functions: the functions above are run by a shell of their own.
-export -f environment has_nvcc loads build microbench_build emulator run_pytest tests cuda_file verify
-export -f find_sanitizer sanitize microbench benchmark
+export -f environment has_nvcc loads build microbench_build emulator run_pytest tests cuda_file
+export -f verify find_sanitizer sanitize microbench scans benchmark
 export PYTHON OUT WORK DEVICE REHEARSE EVERY BENCH_BUDGET
 in_shell() { # FUNCTION ARGUMENTS...: as a command for `stage`
     local arrays
@@ -293,7 +299,7 @@ fi
 export CUDA_MISSING='' PROVIDERS=${PROVIDERS:-torch,ours,ours:triton} PROFILED=torch,ours:triton
 reason=$(why_no_cuda)
 if [ -z "$reason" ]; then
-    PROFILED=torch,ours:cuda,ours:triton
+    PROFILED=torch,ours:cuda
 elif [ $REHEARSE = 1 ] && [ -z "${FUSED_RNN_CUDA_LIBRARY:-}" ]; then
     CUDA_MISSING="FUSED_RNN_CUDA_LIBRARY names no emulated library: $reason"
 elif [ $REHEARSE = 0 ] && ! has_nvcc; then
@@ -301,6 +307,8 @@ elif [ $REHEARSE = 0 ] && ! has_nvcc; then
 fi
 
 # What is not timed runs side by side: most of it is compilation, one kernel at a time a process.
+# `verify` of a backend's dtypes runs one after the other, or the tests, which take longest, would
+# share the processors with eight more.
 threads=${OMP_NUM_THREADS:-}
 export OMP_NUM_THREADS=2
 if [ $REHEARSE = 1 ]; then export OMP_NUM_THREADS=1; fi
@@ -315,12 +323,14 @@ next tests_cuda_file
 in_shell cuda_file "$OUT/$NAME.xml" 3
 stage "$NAME" $CHECKS "${COMMAND[@]}" &
 SIGNAL=TERM
+DTYPES=(float32 float64 bfloat16 float16)
 for backend in triton cuda; do
-    for dtype in float32 float64 bfloat16 float16; do
+    for dtype in "${DTYPES[@]}"; do
         next verify_${backend}_$dtype
         in_shell verify $backend $dtype
-        stage "$NAME" $CHECKS "${COMMAND[@]}" &
-    done
+        stage "$NAME" $CHECKS "${COMMAND[@]}"
+    done &
+    NUMBER=$((NUMBER + ${#DTYPES[@]})) # those of the loop, which counts in a shell of its own
 done
 for tool in memcheck racecheck synccheck initcheck; do
     next sanitize_$tool
@@ -333,20 +343,25 @@ if [ -n "$threads" ]; then export OMP_NUM_THREADS=$threads; else unset OMP_NUM_T
 next microbench
 in_shell microbench
 stage "$NAME" 60 "${COMMAND[@]}"
+next scans
+in_shell scans ${QUICK[@]+"${QUICK[@]}"}
+stage "$NAME" 60 "${COMMAND[@]}"
 next launch_cost
 stage "$NAME" 30 "$PYTHON" -m benchmarks.launch_cost --device $DEVICE ${QUICK[@]+"${QUICK[@]}"} \
     --json "$OUT/launch_cost.json"
 next profile
-stage "$NAME" 30 "$PYTHON" -m benchmarks.gpu_profile --device $DEVICE --providers $PROFILED \
+stage "$NAME" 45 "$PYTHON" -m benchmarks.gpu_profile --device $DEVICE --providers $PROFILED \
     ${PROFILE[@]+"${PROFILE[@]}"} --out "$OUT/kernels.txt"
 
-# Each dtype's table gets its share of what is left, and ends by itself before the limit does it.
-waiting=3
+# Each dtype's table gets its share of what is left. Once that is over it begins no further row, and
+# has SLACK seconds besides to start, to end its last row and to print.
+RESERVE=0 waiting=3
 for dtype in float16 bfloat16 float32; do
-    share=$(((TOTAL - 10 - SECONDS) / waiting))
+    share=$(((TOTAL - 10 - SECONDS) / waiting - SLACK))
+    if [ $share -lt 5 ]; then share=5; fi
     next bench_$dtype
-    in_shell benchmark $dtype $((share > 25 ? share - 15 : 10))
-    stage "$NAME" $share "${COMMAND[@]}"
+    in_shell benchmark $dtype $share
+    stage "$NAME" $((share + SLACK)) "${COMMAND[@]}"
     waiting=$((waiting - 1))
 done
 
@@ -364,6 +379,8 @@ cat "$WORK"/*.stage | sort >"$OUT/stages.txt"
     done
     echo && echo "== barriers, exchanges, latencies"
     cat "$OUT"/*_microbench.log
+    echo && echo "== a step of each scan against the model; all in scans.json"
+    grep -hE ': measured / model |^note:|^error' "$OUT"/*_scans.log
     echo && echo "== launch costs"
     cat "$OUT"/*_launch_cost.log
     for dtype in float16 bfloat16 float32; do

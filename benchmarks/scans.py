@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import sys
+import time
 from dataclasses import replace
 
 import torch
@@ -137,6 +138,7 @@ def main(arguments=None):
     add("--cells", default="lstm,gru", help="some of lstm, gru and rnn")
     add("--triton", action="store_true", help="the Triton backend's kernels too")
     add("--quick", action="store_true", help="a few steps of a few tiny shapes")
+    add("--limit", type=float, metavar="S", help="begin no further shape after so many seconds")
     add("--json", metavar="FILE", help="write rows and versions there")
     options = parser.parse_args(arguments)
     reason = library.why_unavailable()
@@ -151,15 +153,19 @@ def main(arguments=None):
         shapes, steps, repeats = ((1, 3, 20),), 2, 1
     clock, rows = clock_for(options.device), []
     print(f"{'scan':44} {'kernel':14} {'us/step':>8} {'model':>8} {'ratio':>6}")
-    for (S, B, H), cell, (dtype, precision) in itertools.product(
-        shapes, options.cells.split(","), NUMBERS
-    ):
+    begin = time.perf_counter()
+    jobs = list(itertools.product(shapes, options.cells.split(","), NUMBERS))
+    for number, ((S, B, H), cell, (dtype, precision)) in enumerate(jobs):
+        if options.limit is not None and time.perf_counter() - begin >= options.limit:
+            left_out = len(jobs) - number
+            print(f"note: {left_out} of {len(jobs)} are left out: {options.limit:g} s are over")
+            break
         shape = plan.Shape(cell, S, B, H, dtype, precision=precision)
         scan = Scan(shape, steps, options.device)
         for backward in (False, True):
             way = replace(shape, backward=backward)
-            number = precision if dtype == torch.float32 else str(dtype)[6:]
-            label = f"{cell} S={S} B={B} H={H} {number} {'backward' if backward else 'forward'}"
+            held = precision if dtype == torch.float32 else str(dtype)[6:]
+            label = f"{cell} S={S} B={B} H={H} {held} {'backward' if backward else 'forward'}"
             todo = [
                 (name, scan.cuda(backward, choice), predicted, best)
                 for name, choice, predicted, best in kernels(device, way)
@@ -171,7 +177,7 @@ def main(arguments=None):
             for name, call, predicted, best in todo:
                 us = measure(call, clock, steps, repeats)
                 rows.append(
-                    {"cell": cell, "S": S, "B": B, "H": H, "number": number, "backward": backward,
+                    {"cell": cell, "S": S, "B": B, "H": H, "number": held, "backward": backward,
                      "kernel": name, "chosen": best, "us": us, "model": predicted}
                 )  # fmt: skip
                 print(

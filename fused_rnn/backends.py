@@ -1,6 +1,5 @@
 """The table of backends: where each runs, why it is unavailable, and which one a call gets."""
 
-import functools
 import importlib.util
 import os
 import warnings
@@ -89,8 +88,8 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-@functools.lru_cache
-def _triton_missing() -> str | None:
+def _find_triton() -> str | None:
+    """None where the triton package is, which is not imported for that; else why not."""
     try:
         found = importlib.util.find_spec("triton")
     except ImportError:
@@ -102,10 +101,14 @@ def _triton_missing() -> str | None:
     return None
 
 
+# Looked for once, here: a call of any layer asks, and torch.compile cannot trace a look.
+_triton_missing = _find_triton()
+
+
 def _cuda_unavailable() -> str | None:
     reason = cuda_library.why_unavailable()
-    if reason is None and not cuda_library.is_emulated() and (missing := _triton_missing()):
-        return f"its matrix products outside the scans are Triton's: {missing}"
+    if reason is None and not cuda_library.is_emulated() and _triton_missing:
+        return f"its matrix products outside the scans are Triton's: {_triton_missing}"
     return reason
 
 
@@ -142,8 +145,8 @@ def _cuda_yields(request: Request) -> str | None:
 
 
 def _triton_unavailable() -> str | None:
-    if reason := _triton_missing():
-        return reason
+    if _triton_missing is not None:
+        return _triton_missing
     if not _has_gpu() and not _interpreting():
         return (
             "there is no GPU that torch can use; TRITON_INTERPRET=1, set before the first use, runs"

@@ -1,6 +1,7 @@
 """Fixtures shared by the tests: the backends under test, and threads put back as they were."""
 
 import os
+import re
 
 import pytest
 import torch
@@ -50,3 +51,28 @@ def _threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With ``--dist loadgroup`` the tests that share a float64 truth, those of a cell and shape in
+    tests/test_gpu.py, run in one process. (xdist 3.8's own groups are lost with pytest 9.2.)"""
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByCase(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return group_of(nodeid)
+
+    return ByCase(config, log)
+
+
+def group_of(nodeid: str) -> str:
+    """What a test shares with others: its id without backend and number; elsewhere all of it."""
+    names = "test_numerics|test_every_kind_of_plan"
+    found = re.search(rf"::({names})\[(?:triton|cuda)-(.+?)-b?float[\w-]+\]$", nodeid)
+    if found is None:
+        return nodeid
+    kinds = r"^(block|grid|streamed|step)-"
+    return f"{found[1]} {re.sub(kinds, '', found[2])}"

@@ -34,6 +34,17 @@ def test_every_backend_runs_a_module(name):
         torch.testing.assert_close(module(x), wanted)
 
 
+def test_packages_are_looked_for_once(monkeypatch):
+    """A call asks which backends there are; torch.compile cannot trace a look for a package (it
+    refuses importlib's functions of Python 3.12)."""
+
+    def look(name):
+        raise AssertionError(f"{name} is looked for again")
+
+    monkeypatch.setattr(backends.importlib.util, "find_spec", look)
+    fused_rnn.available_backends()
+
+
 @pytest.mark.parametrize(
     ("given", "reason"),
     [

@@ -185,7 +185,7 @@ def test_the_plan_accounts_for_the_kernels(cell, product):
 
 def test_the_gpu_is_asked_what_runs_together(monkeypatch):
     """Where fewer blocks run together than the model thinks, tiles or kernels are others."""
-    model, device = DEVICES["H200"], torch.device("cpu")
+    model, device = DEVICES["H200"], torch.device(DEVICE)
     shape = dataclasses.replace(shape_of("lstm", 512, "ieee", torch.bfloat16), B=64)
     asked = []
 

@@ -103,6 +103,22 @@ def test_mma_of_tf32_reads_19_bits(emulator, seed):
     assert np.abs(got - rounded).max() > 1e-4  # the low bits would be seen
 
 
+def test_mma_cuts_sums_off(emulator):
+    """Towards zero, once for all terms: what a chain of products loses by that is to be seen."""
+    a = rng.integers(-1000, 1000, (16, 8)).astype(np.float32) / 1024
+    b = rng.integers(-1000, 1000, (8, 8)).astype(np.float32) / 1024
+    d = rng.standard_normal((16, 8)).astype(np.float32) * np.float32(1e-3)
+    a_words = spread(a.view(np.uint32), fragment_a_8, 4)
+    b_words = spread(b.view(np.uint32), fragment_b_8, 2)
+    got = emulator.mma_tf32(a_words, b_words, spread(d, fragment_d, 4), 0)
+    exact = spread(a.astype(np.float64) @ b + d, fragment_d, 4)
+    nearest = exact.astype(np.float32)
+    beyond = np.abs(nearest) > np.abs(exact)
+    assert 0.2 < beyond.mean() < 0.8
+    cut = np.where(beyond, np.nextafter(nearest, np.float32(0)), nearest)
+    np.testing.assert_array_equal(got, cut)
+
+
 def test_mma_of_infinities(emulator):
     zero, infinite = np.zeros((32, 4), np.uint32), np.full((32, 2), 0x7F807F80, np.uint32)
     assert np.isnan(emulator.mma_bf16(zero, infinite, np.zeros((32, 4)))).all()

@@ -8,14 +8,14 @@ on a GPU is not the first run at all.
 
 import contextlib
 import dataclasses
-import functools
 import importlib.util
+import itertools
 import os
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
+from gpu_budget import NUMBERS, Number, assert_holds
 
 import fused_rnn
 from fused_rnn import backends, plan, testing
@@ -71,21 +71,6 @@ def backend(request):
     return name
 
 
-class Number(NamedTuple):
-    """How numbers are held and multiplied: a dtype, and for float32 the precision of products."""
-
-    dtype: torch.dtype
-    precision: str | None = None
-
-    def __str__(self):
-        return f"{str(self.dtype)[6:]}{f'-{self.precision}' if self.precision else ''}"
-
-
-NUMBERS = [
-    *(Number(torch.float32, precision) for precision in plan.PRECISIONS),
-    *(Number(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float64)),
-]
-
 CELLS = {
     "lstm": {"cells": True},
     "lstm-proj": {"cell": "lstm"},
@@ -119,61 +104,6 @@ def case_of(cell: str, **fields) -> Case:
     return Case(**fields)
 
 
-# The error budget. testing.yardsticks computes on the CPU; at these sizes and with TF32 it has to
-# be the device itself.
-
-
-@contextlib.contextmanager
-def plain_tf32(allowed: bool):
-    """Plain PyTorch's float32 products by TF32, or not, whatever torch's default is."""
-    matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if allowed else "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
-@functools.lru_cache(maxsize=8)  # the precisions of a case share it
-def yardsticks(case: Case, tf32: bool, draws: int):
-    """(exact, plain_errors) as ``testing.yardsticks``, taken on DEVICE: float64, and the largest
-    error of plain PyTorch over some draws."""
-    low = torch.float32 if case.dtype == torch.float64 else case.dtype
-    if tf32 and REHEARSAL:
-        low = torch.float16  # a CPU has no TF32; float16 has as many digits
-    errors: dict[str, float] = {}
-    for draw in reversed(range(draws)):
-        drawn = dataclasses.replace(case, seed=case.seed + 1000 * draw)
-        with plain_tf32(tf32):
-            exact = testing.evaluate(drawn, "plain", DEVICE, dtype=torch.float64)
-            plain = testing.evaluate(drawn, "plain", DEVICE, dtype=low)
-        for name in exact:
-            errors[name] = max(errors.get(name, 0.0), testing.error(plain[name], exact[name]))
-    return exact, errors
-
-
-def assert_holds(case: Case, backend: str, number: Number, note=lambda name, value: None) -> None:
-    """Every output and gradient of a case, on memory full of NaN, within the budget: plain
-    PyTorch's error in that dtype times one (16 bits), two (float32; TF32 against TF32) or four
-    (tf32x3, whose operands are cut to two parts of 11 bits each, against float32), plus the
-    grain."""
-    with testing.poisoned_memory(), fp32_precision(number.precision):
-        got = testing.evaluate(case, backend, DEVICE)
-    scale = 2 if number.precision == "tf32x3" else 1  # and twice that by ``testing.budget``
-    for draws in (size(3, 2), 12):  # more only where fewer would not do
-        exact, errors = yardsticks(case, number.precision == "tf32", draws)
-        verdicts = [
-            testing.compare(name, got[name], exact[name], scale * errors[name], case.dtype)
-            for name in exact
-        ]
-        if not any(verdict.fault for verdict in verdicts):
-            break
-    worst = max(verdicts, key=lambda v: v.error / v.budget if v.budget else v.error)
-    note("worst", f"{worst.name}: {worst.error:.2e} of {worst.budget:.2e}")
-    faults = [f"{v.name}: {v.fault} ({v.error:.2e} of {v.budget:.2e})" for v in verdicts if v.fault]
-    assert not faults, f"{case} {number}\n" + "\n".join(faults)
-
-
 @pytest.fixture(autouse=True)
 def _free_memory():
     yield
@@ -181,14 +111,28 @@ def _free_memory():
         torch.cuda.empty_cache()
 
 
-@pytest.mark.parametrize("number", NUMBERS, ids=str)
-@pytest.mark.parametrize("shape", SIZES)
-@pytest.mark.parametrize("cell", CELLS)
+def numerics():
+    """Parametrizes a test by cell, shape, number and backend.
+
+    A Triton kernel is compiled, for a second or more, for each cell, number and power of two of a
+    size. Of each pair of shapes every number has one there, in turn with the other; the CUDA
+    kernels, which are compiled already, have all."""
+    values = []
+    for (c, cell), (s, shape) in itertools.product(enumerate(CELLS), enumerate(SIZES)):
+        for (n, number), backend in itertools.product(enumerate(NUMBERS), BACKENDS):
+            turn = backend == "cuda" or (c + n + s) % 2 == 0
+            if shape != "H64-B7-flags" if REHEARSAL else not turn:  # a rehearsal's are all alike
+                continue
+            name = f"{backend}-{cell}-{shape}-{number}"
+            values.append(pytest.param(cell, shape, number, backend, id=name))
+    names = ("cell", "shape", "number", "backend")
+    return pytest.mark.parametrize(names, values, indirect=["backend"])
+
+
+@numerics()
 def test_numerics(cell, shape, number, backend, record_property):
     case = case_of(cell, dtype=number.dtype, **SIZES[shape])
-    if REHEARSAL and shape != "H64-B7-flags":
-        pytest.skip("the rehearsal's sizes are all alike")
-    assert_holds(case, backend, number, record_property)
+    assert_holds(case, backend, DEVICE, number, record_property)
 
 
 # Every kind of plan. The plan itself chooses by predicted time; here each is made to run.
@@ -232,14 +176,14 @@ def test_every_kind_of_plan(backend, kind, cell, number):
         case = case_of(
             cell, dtype=number.dtype, hidden=hidden, rows=40, steps=19, inputs=32, **FLAGS
         )
-        assert_holds(case, backend, number)
+        assert_holds(case, backend, DEVICE, number)
 
 
 @every_kind("streamed", "grid", "step")
 def test_large_weights_of_every_kind(backend, kind):
     with forced(backend, kind):
         case = case_of("lstm", dtype=torch.bfloat16, hidden=768, rows=24, steps=9, inputs=64)
-        assert_holds(case, backend, Number(torch.bfloat16))
+        assert_holds(case, backend, DEVICE, Number(torch.bfloat16))
 
 
 # The same bits again.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import UNDER_TEST
+from conftest import UNDER_TEST, group_of
 
 import fused_rnn
 from fused_rnn.plan import DEVICES
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu_check.sh"
 sys.path.append(str(ROOT))  # after everything else: an installed fused_rnn stays in front
 
-from benchmarks import gpu_profile, launch_cost, machine, sanitize  # noqa: E402
+from benchmarks import gpu_profile, launch_cost, machine, sanitize, scans  # noqa: E402
 from benchmarks.cases import CASES  # noqa: E402
 
 bash = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
@@ -46,9 +46,11 @@ def test_syntax():
 
 
 @bash
-@pytest.mark.parametrize(
-    "arguments", [(), ("--fast", "results"), ("one", "two"), ("--rehearse",)], ids=str
-)
+@pytest.mark.parametrize("arguments", [
+    (), ("--fast", "results"), ("one", "two"), ("--rehearse",), ("--built",),
+    ("--seconds",), ("--seconds", "many", "results"), ("results", "--seconds", "-5"),
+    ("--seconds=60", "results"),
+], ids=" ".join)  # fmt: skip
 def test_wrong_arguments_give_the_usage(arguments, tmp_path):
     done = subprocess.run(
         ["bash", str(SCRIPT), *arguments], cwd=tmp_path, capture_output=True, text=True
@@ -63,24 +65,109 @@ def test_help():
     assert status == 0 and out.startswith("usage: ") and err == ""
 
 
-def test_every_test_is_in_one_group():
-    """The -k expressions that the tests are shared out by, on names that meet all their words."""
+@pytest.fixture
+def python(tmp_path):
+    """A Python that says what it is asked to run, and does nothing."""
+    path = tmp_path / "python"
+    path.write_text('#!/bin/sh\necho "asked: $*"\n')
+    path.chmod(0o755)
+    return path
+
+
+def stages_of(folder):
+    """Names of all stages with what came of them, in order of their numbers."""
+    lines = [line.split() for line in (folder / "stages.txt").read_text().splitlines()]
+    names = [line[0] for line in lines]
+    assert [int(name[:2]) for name in names] == list(range(1, len(names) + 1))
+    assert {f"{name}.log" for name in names} <= {path.name for path in folder.iterdir()}
+    return {name[3:]: " ".join(line[1:-2]) for name, line in zip(names, lines, strict=True)}
+
+
+@bash
+@pytest.mark.parametrize("options", [(), ("--built",)], ids=["", "--built"])
+def test_the_stages(options, python, tmp_path):
+    """All of them, with a Python that does nothing."""
+    folder = tmp_path / "out"
+    chosen = {"CASES": "gpu/h64 speech", "PROVIDERS": "torch,ours:cuda"}
+    given = {"PYTHON": str(python), "FUSED_RNN_CUDA_LIBRARY": "", **chosen}
+    status, out, err = run("bash", SCRIPT, "--rehearse", *options, folder, **given)
+    assert err == ""
+    stages = stages_of(folder)
+    # Nothing to build with: the microbench is skipped, and so is all that would build it.
+    failed = {name for name, came in stages.items() if came not in ("ok", "skipped")}
+    assert status == bool(failed) and failed <= {"loads"}, out
+    assert ("loads" in stages) == bool(options)
+    after = list(stages)[list(stages).index("tests_gpu") :]
+    dtypes = ("float32", "float64", "bfloat16", "float16")
+    assert after == [
+        *("tests_gpu", "tests_large", "tests_cuda_file"),
+        *(f"verify_{backend}_{dtype}" for backend in ("triton", "cuda") for dtype in dtypes),
+        *(f"sanitize_{tool}" for tool in ("memcheck", "racecheck", "synccheck", "initcheck")),
+        *("microbench", "scans", "launch_cost", "profile"),
+        *("bench_float16", "bench_bfloat16", "bench_float32"),
+    ]
+    summary = (folder / "summary.txt").read_text()
+    asked = (folder / f"{len(stages)}_bench_float32.log").read_text()
+    assert asked.startswith("asked: -m benchmarks gpu/h64 speech --device cpu --dtypes float32 ")
+    assert " --providers torch,ours:cuda " in asked
+    assert summary.startswith("A REHEARSAL") and "\n== stages\n01_environment" in summary
+
+
+@bash
+def test_no_time(python, tmp_path):
+    """Nothing begins after the time is over."""
+    given = {"PYTHON": str(python), "FUSED_RNN_CUDA_LIBRARY": ""}
+    folder = tmp_path / "out"
+    assert run("bash", SCRIPT, "--rehearse", "--seconds", "0", folder, **given)[0] == 1
+    assert set(stages_of(folder).values()) == {"not run"}
+
+
+@bash
+@pytest.mark.parametrize(("libraries", "microbench"), [(0, 0), (1, 0), (0, 1), (0, None)])
+def test_what_was_built_elsewhere_has_to_load(libraries, microbench, tmp_path):
+    """The libraries, and build/microbench, which is then where it is looked for."""
+    function = re.search(r"^loads\(\) \{.*?^\}", SCRIPT.read_text(), re.M | re.S)[0]
+    function = re.sub(r" #.*", "", function, count=1)
+    work = tmp_path / "work"
+    for path, code in (("python", libraries), ("build/microbench", microbench)):
+        if code is not None:
+            (tmp_path / path).parent.mkdir(exist_ok=True)
+            (tmp_path / path).write_text(f"#!/bin/sh\nexit {code}\n")
+            (tmp_path / path).chmod(0o755)
+    work.mkdir()
+    done = subprocess.run(
+        ["bash", "-uc", f"{function}\nloads"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHON": str(tmp_path / "python"), "WORK": str(work)},
+        capture_output=True,
+    )
+    loads = libraries == 0 and microbench == 0
+    assert (done.returncode == 0) == loads == (work / "microbench").exists()
+
+
+def test_every_gpu_test_is_in_one_stage():
+    """The -k expressions that the tests are shared out by, and that both have some."""
     text = SCRIPT.read_text()
-    groups = re.search(r"^TESTS=\(\n(.*?)^\)", text, re.M | re.S)[1]
-    expressions = [line.strip().strip('"').partition(":")[2] for line in groups.splitlines()]
-    assert len(expressions) > 3
-    backends = ("triton", "cuda", "neither")
-    cells = ("lstm", "lstm-proj", "gru", "gru-before", "rnn-tanh", "none")
-    tests = ("numerics", "every_kind", "deterministic", "a_batch", "anything", "kind_numerics")
-    tests += ("2_31", "2_31_numerics", "every_kind_2_31")
-    for test, backend, cell in itertools.product(tests, backends, cells):
-        name = f"test_{test}[{backend}-{cell}]"
-        words = (re.sub(r"[\w-]+", lambda m, n=name: _word(m[0], n), e) for e in expressions)
-        assert sum(eval(words_) for words_ in words) == 1, name
+    expressions = re.findall(r'^in_shell tests "[^"]*" \S+ (.*)$', text, re.M)
+    assert expressions == ['"not $LARGE"', "$LARGE"]
+    (large,) = re.findall(r"^LARGE=(\w+)", text, re.M)
+    tests = re.findall(r"^def (test_\w+)", (ROOT / "tests" / "test_gpu.py").read_text(), re.M)
+    assert 0 < sum(large in name for name in tests) < len(tests)
 
 
-def _word(word, name):
-    return word if word in ("and", "or", "not") else str(word in name)
+def test_what_shares_a_truth_runs_in_one_process():
+    """Groups of tests for pytest-xdist, by their ids."""
+    file = "tests/test_gpu.py::test_"
+    for name, group in {
+        "numerics[triton-lstm-proj-H64-B7-flags-float32-tf32x3]": "lstm-proj-H64-B7-flags",
+        "numerics[cuda-lstm-proj-H64-B7-flags-bfloat16]": "lstm-proj-H64-B7-flags",
+        "numerics[cuda-gru-H1024-B8-reversed-float64]": "gru-H1024-B8-reversed",
+        "every_kind_of_plan[triton-streamed-rnn-relu-float32-tf32]": "rnn-relu",
+        "every_kind_of_plan[cuda-grid-rnn-relu-bfloat16]": "rnn-relu",
+    }.items():
+        assert group_of(file + name) == f"test_{name.partition('[')[0]} {group}"
+    for alone in ("deterministic[cuda-grid-gru-H200-float32]", "large_weights[cuda-grid]"):
+        assert group_of(file + alone) == file + alone
 
 
 def test_the_cases_it_names_are_there():
@@ -93,13 +180,14 @@ def test_the_cases_it_names_are_there():
     assert {case for case, _, _ in gpu_profile.SHAPES} <= known
 
 
-def test_the_microbench_is_built_beside_the_library_and_runs_alone():
-    """Its build is under way while the library's is; it runs after all that runs side by side."""
+def test_the_microbench_is_built_beside_the_library_and_what_is_timed_runs_alone():
+    """Its build is under way while the library's is; clocks run after what runs side by side."""
     text = SCRIPT.read_text()
     stages = [m[1] for m in re.finditer(r"^ *next (\w+)$", text, re.M)]
     assert stages.index("build") == stages.index("microbench_build") + 1
-    assert 'in_shell microbench_build\nstage "$NAME" $BUILD "${COMMAND[@]}" &\n' in text
-    assert stages.index("launch_cost") == stages.index("microbench") + 1
+    assert re.search(r'in_shell microbench_build\n +stage "\$NAME" .* &\n', text)
+    timed = ["microbench", "scans", "launch_cost", "profile"]
+    assert stages[-len(timed) :] == timed  # the tables are named by their dtypes
     last_side_by_side = text.index("next sanitize_$tool")
     assert last_side_by_side < text.index("\nwait\n") < text.index("next microbench\n")
 
@@ -170,13 +258,44 @@ def test_sanitize_runs_every_kernel(cuda_device, capsys):
     sizes = ["-T", "1", "-B", "2", "-H", "23"]
     assert sanitize.main(["--device", cuda_device, *sizes]) == 0
     out, err = capsys.readouterr()
-    assert out == "sanitize: 92 scans forward and back, 0 wrong results\n"
-    for words in ("block lstm H23 float32 tf32x3", "block rnn-relu H23 float16",
+    assert out == "sanitize: 112 scans forward and back, 0 wrong results\n"
+    for words in ("block 4 lstm H23 float32 tf32x3", "block 8 rnn-relu H23 float16",
                   "grid 8x16 gru H40 float32 tf32", "grid 16x32 lstm H40 bfloat16",
                   "step lstm-proj7 H23 bfloat16", "step gru-before H23 float64"):  # fmt: skip
         assert words in err, words
     assert sanitize.main(["--device", cuda_device, "--kernels", "block", *sizes]) == 0
-    assert capsys.readouterr().out == "sanitize: 20 scans forward and back, 0 wrong results\n"
+    assert capsys.readouterr().out == "sanitize: 40 scans forward and back, 0 wrong results\n"
+
+
+def test_scans_times_every_kernel(cuda_device, tmp_path, capsys):
+    """Tiny sizes of every kernel that can run them."""
+    path = tmp_path / "scans.json"
+    arguments = ["--device", cuda_device, "--quick"]
+    assert scans.main([*arguments, "--cells", "lstm,gru,rnn", "--json", str(path)]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and out.startswith("scan ")
+    rows = json.loads(path.read_text())["rows"]
+    assert all(row["us"] > 0 and row["model"] > 0 for row in rows)
+    found = {(row["cell"], row["number"], row["backward"], row["chosen"]) for row in rows}
+    ways = itertools.product(("lstm", "gru", "rnn"), ("bfloat16", "tf32"), (False, True))
+    assert {way[:3] for way in found} == set(ways)
+    assert sum(row["chosen"] for row in rows) == 12, "one of each"
+    kernels = {row["kernel"] for row in rows}
+    assert kernels >= {"block 4", "block 8", "grid 8", "wide grid 8", "step"}
+    for kind in ("block", "grid", "wide grid", "step"):
+        assert f"\n{kind}: measured / model " in out
+    assert scans.main([*arguments, "--limit", "0"]) == 0
+    assert "note: 4 of 4 are left out: 0 s are over\n" in capsys.readouterr().out
+
+
+def test_scans_wants_a_library_for_its_device(capsys, monkeypatch):
+    monkeypatch.setattr(scans.library, "why_unavailable", lambda: "it is not there")
+    assert scans.main([]) == 2
+    assert capsys.readouterr().err == "error: --device cuda: it is not there\n"
+    monkeypatch.setattr(scans.library, "why_unavailable", lambda: None)
+    monkeypatch.setattr(scans.library, "is_emulated", lambda: True)
+    assert scans.main([]) == 2
+    assert "the library is an emulated one" in capsys.readouterr().err
 
 
 def test_sanitize_has_block_scans_of_every_size():

@@ -1,6 +1,7 @@
 #include "emulator/warp.h"
 
 #include <bit>
+#include <cmath>
 #include <cstring>
 
 #include "emulator/numbers.h"
@@ -13,17 +14,25 @@ constexpr int kRows = 16, kColumns = 8;
 
 typedef float Columns __attribute__((vector_size(kColumns * sizeof(float)), aligned(16)));
 
-// d += a b over kDepth.
+// A float32 that a sum is cut off to, towards zero; infinite where the nearest one is.
+float cut_off(double sum) {
+  const float nearest = static_cast<float>(sum);
+  const bool beyond = std::isfinite(nearest) && std::abs(nearest) > std::abs(sum);
+  return beyond ? std::bit_cast<float>(std::bit_cast<uint32_t>(nearest) - 1) : nearest;
+}
+
+// d += a b over kDepth, as tensor cores add: all terms at once, and the sum is cut off, not rounded
+// (Fasi et al. 2021; the few bits they keep below a float32's are more here).
 template <int kDepth>
 void multiply(Columns (&d)[kRows], const float (&a)[kRows][kDepth], const Columns (&b)[kDepth]) {
-  for (int i = 0; i < kRows; i += 2) {
-    Columns sum = d[i], next = d[i + 1];
+  typedef double Sums __attribute__((vector_size(kColumns * sizeof(double)), aligned(16)));
+  for (int i = 0; i < kRows; ++i) {
+    Sums sum = __builtin_convertvector(d[i], Sums);
 #pragma GCC unroll 16
     for (int k = 0; k < kDepth; ++k) {
-      sum += a[i][k] * b[k];
-      next += a[i + 1][k] * b[k];
+      sum += static_cast<double>(a[i][k]) * __builtin_convertvector(b[k], Sums);
     }
-    d[i] = sum, d[i + 1] = next;
+    for (int column = 0; column < kColumns; ++column) d[i][column] = cut_off(sum[column]);
   }
 }
 
