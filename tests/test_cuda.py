@@ -4,6 +4,7 @@ run in the emulator, which checks every access."""
 
 import dataclasses
 
+import gpu_budget
 import pytest
 import torch
 from conftest import UNDER_TEST
@@ -97,6 +98,14 @@ def test_step_path(cell, dtype, monkeypatch):
 def test_scans_in_tf32(cell, hidden, precision):
     case = case_of(cell, rows=9, hidden=hidden, steps=4, dtype=torch.float32)
     assert_precise(case, precision, "cuda", DEVICE)
+
+
+@pytest.mark.parametrize("hidden", [64, 120, 190])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_3xtf32_has_no_long_chains(cell, hidden):
+    """Errors near float32's, whatever the size; see gpu_budget.assert_holds."""
+    case = case_of(cell, rows=9, hidden=hidden, steps=12, dtype=torch.float32)
+    gpu_budget.assert_holds(case, "cuda", DEVICE, gpu_budget.Number(torch.float32, "tf32x3"))
 
 
 def shape_of(cell, hidden, precision="ieee", dtype=torch.float32, backward=False):

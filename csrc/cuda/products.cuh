@@ -163,14 +163,20 @@ struct SplitWeights {
     }
   }
 };
+// (From zero, and added as a whole: a tensor core cuts its sum off after each instruction, always
+// towards zero, so a chain of n would lack some n / 2 units in the last place; and the products of
+// one step need not wait for those of the step before.)
 FUSED_RNN_DEVICE void mma_3xtf32(float (&sum)[4], const SplitWeights& a, const uint32_t (&high)[2],
                                  const uint32_t (&low)[2]) {
   // An infinity is in the last product; in the first it would meet zeros.
   const uint32_t finite[2] = {is_finite(float_of(high[0])) ? high[0] : 0,
                               is_finite(float_of(high[1])) ? high[1] : 0};
-  mma_tf32(sum, a.low, finite);
-  mma_tf32(sum, a.high, low);
-  mma_tf32(sum, a.high, high);
+  float part[4] = {};
+  mma_tf32(part, a.low, finite);
+  mma_tf32(part, a.high, low);
+  mma_tf32(part, a.high, high);
+  FUSED_RNN_UNROLL
+  for (int i = 0; i < 4; ++i) sum[i] += part[i];
 }
 
 // Weights as the A operand of tensor core products. `element(gate, m, k)` gives the bits of weight

@@ -62,11 +62,33 @@ def product(a, b, total, PRECISION: tl.constexpr):
     else:
         a_high, b_high = to_tf32(a), to_tf32(b)
         if PRECISION == "tf32x3":
-            # Products of infinities are in the last line; here they would meet zeros.
+            # Products of infinities are in the other sum; here they would meet zeros. (A tensor
+            # core cuts its sum off after each instruction, always towards zero: the small products
+            # have a sum of their own, or they would lengthen the other's chain threefold.)
             a_low, b_low = to_tf32(_finite(a - a_high)), to_tf32(_finite(b - b_high))
-            total = tl.dot(a_low, _finite(b_high), total, input_precision="tf32")
-            total = tl.dot(_finite(a_high), b_low, total, input_precision="tf32")
-        total = tl.dot(a_high, b_high, total, input_precision="tf32")
+            small = tl.dot(a_low, _finite(b_high), input_precision="tf32")
+            small = tl.dot(_finite(a_high), b_low, small, input_precision="tf32")
+            total = tl.dot(a_high, b_high, total, input_precision="tf32") + small
+        else:
+            total = tl.dot(a_high, b_high, total, input_precision="tf32")
+    return total
+
+
+@triton.jit
+def add_product(a, b, total, PRECISION: tl.constexpr):
+    """total + a @ b, as one block of a longer sum: float32 sums of a block start from zero and are
+    added as a whole. A chain of K terms would gather K roundings, or truncations, which is how
+    tensor cores add."""
+    if total.dtype == tl.float32 and a.dtype == tl.float32 and PRECISION != "tf32":
+        zero = tl.zeros(total.shape, total.dtype)
+        if PRECISION == "ieee":
+            # A bound on inexact terms, which has no other meaning here, keeps Triton from taking
+            # the total for where the product starts.
+            total += tl.dot(a, b, zero, input_precision="ieee", max_num_imprecise_acc=2**30)
+        else:
+            total += product(a, b, zero, PRECISION)
+    else:
+        total = product(a, b, total, PRECISION)
     return total
 
 

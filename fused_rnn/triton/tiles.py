@@ -15,7 +15,7 @@ that they are read in wide pieces whatever the sizes are.
 import triton
 import triton.language as tl
 
-from fused_rnn.triton.primitives import ENDED, load, load_flags, product, starts_segment
+from fused_rnn.triton.primitives import ENDED, add_product, load, load_flags, starts_segment
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def tile_product(
         k = start + tl.arange(0, BLOCK_K)
         a = tl.load(w + w_at + k[None, :], mask=w_ok & (k[None, :] < K), other=0.0)
         b = tl.load(x + (lane * K + k[:, None]), mask=x_ok & (k[:, None] < K), other=0.0)
-        total = product(a, b, total, PRECISION)
+        total = add_product(a, b, total, PRECISION)
     return total
 
 
