@@ -43,8 +43,10 @@ struct GridTraits {
   static constexpr int kTiles = kBackward && !kScatters ? kUnitTiles : kGates;
   static constexpr int kSources = kBackward ? kGates : 1;
   // Sums kept apart, of even and odd steps, where there are too few others to hide an instruction:
-  // with a tile or two. (Which of these must not show in the results.)
-  static constexpr int kChains = (kBackward && !kScatters) || kGates == 1 ? 2 : 1;
+  // with a tile or two. (Which of these must not show in the results. In 3xTF32 no pair waits for
+  // another's products.)
+  static constexpr bool kFewTiles = (kBackward && !kScatters) || kGates == 1;
+  static constexpr int kChains = kFewTiles && kProduct != Product::kTf32x3 ? 2 : 1;
   // Pairs whose operand is asked for before the first of them is used: fewer where products take
   // registers of their own, and more time.
   static constexpr bool kSplits = kProduct == Product::kTf32x3 || kProduct == Product::kIeee;
@@ -105,9 +107,9 @@ class StepOperand {
         words_[part][i / 2][i % 2] = b[part][i / 2][2 * half + i % 2];
       }
       if constexpr (kProduct == Product::kTf32x3) {
-        const float whole = float_of(words_[0][i / 2][i % 2]), part = to_tf32(whole);
+        const float whole = float_of(words_[0][i / 2][i % 2]), part = high_tf32(whole);
         words_[0][i / 2][i % 2] = bits_of(part);
-        low_[i / 2][i % 2] = bits_of(rest(whole, part));
+        low_[i / 2][i % 2] = bits_of(whole - part);
       }
     }
   }
@@ -383,15 +385,23 @@ class GridWeights {
   }
 
   template <int kCount>
+  using Step = StepOperand<kProduct, Traits::kParts, kCount>;
+
+  template <int kCount>
   static FUSED_RNN_DEVICE void pair(WarpSums<Traits>& sums,
                                     const uint32_t (&a)[Traits::kTiles][2][4],
                                     const uint32_t (&b)[Traits::kParts][kCount][4]) {
-    FUSED_RNN_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const StepOperand<kProduct, Traits::kParts, kCount> operand(b, half);
+    const Step<kCount> steps[2] = {{b, 0}, {b, 1}};
+    if constexpr (kProduct == Product::kTf32x3) {
       FUSED_RNN_UNROLL
       for (int tile = 0; tile < Traits::kTiles; ++tile) {
-        operand.multiply(sums.of[tile][half % Traits::kChains], a[tile][half]);
+        add_pair<kCount>(sums.of[tile][0], a[tile], steps);
+      }
+    } else {
+      FUSED_RNN_UNROLL
+      for (int n = 0; n < 2 * Traits::kTiles; ++n) {
+        const int half = n / Traits::kTiles, tile = n % Traits::kTiles;
+        steps[half].multiply(sums.of[tile][half % Traits::kChains], a[tile][half]);
       }
     }
   }
@@ -400,18 +410,32 @@ class GridWeights {
   static FUSED_RNN_DEVICE void piece(const uint32_t (&a)[Traits::kTiles][2][4],
                                      const uint32_t (&b)[Traits::kTiles][1][kCount][4], int j,
                                      const Use& use) {
-    float sums[2][kChunks][4] = {};  // of even and odd steps
+    float sums[2][kChunks][4] = {};  // of even and odd steps, in 3xTF32 gates
     FUSED_RNN_UNROLL
     for (int gate = 0; gate < Traits::kTiles; ++gate) {
-      FUSED_RNN_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const StepOperand<kProduct, 1, kCount> operand(b[gate], half);
-        operand.multiply(sums[half], a[gate][half]);
+      const Step<kCount> steps[2] = {{b[gate], 0}, {b[gate], 1}};
+      if constexpr (kProduct == Product::kTf32x3) {
+        add_pair<kCount>(sums[gate % 2], a[gate], steps);
+      } else {
+        FUSED_RNN_UNROLL
+        for (int half = 0; half < 2; ++half) steps[half].multiply(sums[half], a[gate][half]);
       }
     }
     FUSED_RNN_UNROLL
     for (int i = 0; i < 4 * kCount; ++i) sums[0][i / 4][i % 4] += sums[1][i / 4][i % 4];
     use(j, sums[0]);
+  }
+
+  // sums += the products of a pair in 3xTF32. (From zero, and added as a whole, as in a block scan:
+  // there a step at a time, for which there are not the registers here.)
+  template <int kCount>
+  static FUSED_RNN_DEVICE void add_pair(float (&sums)[kChunks][4], const uint32_t (&a)[2][4],
+                                        const Step<kCount> (&steps)[2]) {
+    float part[kChunks][4] = {};
+    FUSED_RNN_UNROLL
+    for (int half = 0; half < 2; ++half) steps[half].multiply(part, a[half]);
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < 4 * kCount; ++i) sums[i / 4][i % 4] += part[i / 4][i % 4];
   }
 
   // (An array of no elements is not C++.)

@@ -81,7 +81,7 @@ FUSED_RNN_DEVICE void store_parts(unsigned char* at, int distance, float value) 
     if constexpr (Traits::kBytes == 2) {
       high = from_16<Traits::kProduct>(to_16<Traits::kProduct>(value));
     } else {
-      high = to_tf32(value);
+      high = high_tf32(value);
     }
     put(part, high);
     value = rest(value, high);
@@ -163,20 +163,14 @@ struct SplitWeights {
     }
   }
 };
-// (From zero, and added as a whole: a tensor core cuts its sum off after each instruction, always
-// towards zero, so a chain of n would lack some n / 2 units in the last place; and the products of
-// one step need not wait for those of the step before.)
+// sum += a b. A tensor core cuts its sum off after each instruction, always towards zero, so a chain
+// of n would lack some n / 2 units in the last place: it begins at zero every step or two, and is
+// added to the total as a whole.
 FUSED_RNN_DEVICE void mma_3xtf32(float (&sum)[4], const SplitWeights& a, const uint32_t (&high)[2],
                                  const uint32_t (&low)[2]) {
-  // An infinity is in the last product; in the first it would meet zeros.
-  const uint32_t finite[2] = {is_finite(float_of(high[0])) ? high[0] : 0,
-                              is_finite(float_of(high[1])) ? high[1] : 0};
-  float part[4] = {};
-  mma_tf32(part, a.low, finite);
-  mma_tf32(part, a.high, low);
-  mma_tf32(part, a.high, high);
-  FUSED_RNN_UNROLL
-  for (int i = 0; i < 4; ++i) sum[i] += part[i];
+  mma_tf32(sum, a.low, high);
+  mma_tf32(sum, a.high, low);
+  mma_tf32(sum, a.high, high);
 }
 
 // Weights as the A operand of tensor core products. `element(gate, m, k)` gives the bits of weight
@@ -273,7 +267,10 @@ class TensorCoreWeights {
       if constexpr (Traits::kProduct == Product::kTf32x3) {
         const uint32_t* high = b[0][source] + 2 * kHalf;
         const uint32_t* low = b[Traits::kParts - 1][source] + 2 * kHalf;
-        mma_3xtf32(sum, SplitWeights(a), {high[0], high[1]}, {low[0], low[1]});
+        float part[4] = {};
+        mma_3xtf32(part, SplitWeights(a), {high[0], high[1]}, {low[0], low[1]});
+        FUSED_RNN_UNROLL
+        for (int i = 0; i < 4; ++i) sum[i] += part[i];
       } else {
         FUSED_RNN_UNROLL
         for (int part = Traits::kParts - 1; part >= 0; --part) {  // the smallest first
