@@ -6,6 +6,7 @@ ordered after what it depends on."""
 import dataclasses
 import itertools
 
+import gpu_budget
 import pytest
 import test_cuda
 import torch
@@ -16,6 +17,7 @@ from test_cuda import (
     FLAGS,
     HALVES,
     assert_infinities_spread,
+    assert_sums_not_cut,
     outputs_of_rows,
     scan,
     shape_of,
@@ -82,6 +84,21 @@ def test_grid_scans_in_tf32(cell, hidden, precision, tiles):
     tiles(16)
     case = case_of(cell, rows=9, hidden=hidden, steps=4, dtype=torch.float32)
     assert_precise(case, precision, "cuda", DEVICE)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_3xtf32_is_near_float32(cell, tiles):
+    """See gpu_budget.assert_holds."""
+    tiles(16)
+    case = case_of(cell, rows=9, hidden=150, steps=4, dtype=torch.float32)
+    gpu_budget.assert_holds(case, "cuda", DEVICE, gpu_budget.Number(torch.float32, "tf32x3"))
+
+
+@pytest.mark.parametrize("hidden", [384, 1024])
+def test_sums_in_3xtf32_are_not_cut(hidden, tiles):
+    """As in test_cuda.py; and each warp has several pairs of steps."""
+    tiles(16)
+    assert_sums_not_cut(hidden)
 
 
 @pytest.mark.parametrize(

@@ -61,8 +61,9 @@ FUSED_RNN_DEVICE float to_tf32(float x) {
   return is_finite(x) && is_finite(rounded) ? rounded : x;
 }
 
-// The high one of the two parts of an operand of 3xTF32. An infinity or NaN is in the low part, which
-// meets the weights' high parts alone; in the high one it would meet low parts, which may be zero.
+// The high one of the two parts of an operand of 3xTF32. An infinity or NaN is in the low part,
+// which meets the weights' high parts alone; in the high one it would meet low parts, which may be
+// zero.
 FUSED_RNN_DEVICE float high_tf32(float x) { return is_finite(x) ? to_tf32(x) : 0.0f; }
 
 // What is left of x beside a part of it; nothing beside an infinity.

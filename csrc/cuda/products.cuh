@@ -163,9 +163,9 @@ struct SplitWeights {
     }
   }
 };
-// sum += a b. A tensor core cuts its sum off after each instruction, always towards zero, so a chain
-// of n would lack some n / 2 units in the last place: it begins at zero every step or two, and is
-// added to the total as a whole.
+// sum += a b. A tensor core cuts its sum off after each instruction, always towards zero, so a
+// chain of n would lack some n / 2 units in the last place: it begins at zero every step or two,
+// and is added to the total as a whole.
 FUSED_RNN_DEVICE void mma_3xtf32(float (&sum)[4], const SplitWeights& a, const uint32_t (&high)[2],
                                  const uint32_t (&low)[2]) {
   mma_tf32(sum, a.low, high);
