@@ -7,28 +7,9 @@ on K and L alone, so a row of the result has the same bits whatever rows are bes
 import triton
 import triton.language as tl
 
-from fused_rnn.triton.primitives import product
+from fused_rnn.triton.primitives import add_product
 
 UNSPECIALIZED = ["M", "K", "blocks", "splits", "count"]
-
-
-@triton.jit
-def _add_product(x, y, total, PRECISION: tl.constexpr):
-    """total + x @ y. float32 sums of a block start from zero and are added to the total as a whole:
-    a chain of K terms would gather K roundings, or truncations, which is how tensor cores add."""
-    if total.dtype == tl.float32 and x.dtype == tl.float32:
-        zero = tl.zeros(total.shape, total.dtype)
-        if PRECISION == "ieee":
-            # A bound on inexact terms, which has no other meaning here, keeps Triton from taking
-            # the total for where the product starts.
-            total += tl.dot(x, y, zero, input_precision="ieee", max_num_imprecise_acc=2**30)
-        elif PRECISION == "tf32x3":
-            total += product(x, y, zero, PRECISION)
-        else:
-            total = product(x, y, total, PRECISION)
-    else:
-        total = product(x, y, total, PRECISION)
-    return total
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -72,7 +53,7 @@ def matmul_tiles(
             left = K - block * BLOCK_K
             x = tl.load(a_at, mask=m_ok & (k[None, :] < left), other=0.0)
             y = tl.load(b_at, mask=(k[:, None] < left) & col_ok, other=0.0)
-        total = _add_product(x.to(IO), y.to(IO), total, PRECISION)
+        total = add_product(x.to(IO), y.to(IO), total, PRECISION)
         a_at += BLOCK_K * tl.cast(a_k, tl.int64)
         b_at += BLOCK_K * tl.cast(b_k, tl.int64)
     if HAS_BIAS:

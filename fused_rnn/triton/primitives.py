@@ -76,15 +76,18 @@ def product(a, b, total, PRECISION: tl.constexpr):
 
 @triton.jit
 def add_product(a, b, total, PRECISION: tl.constexpr):
-    """total + a @ b, as one block of a longer sum: float32 sums of a block start from zero and are
-    added as a whole. A chain of K terms would gather K roundings, or truncations, which is how
-    tensor cores add."""
-    if total.dtype == tl.float32 and a.dtype == tl.float32 and PRECISION != "tf32":
+    """total + a @ b, as one block of a longer sum: a block's sums of float32 or float64 start from
+    zero and are added as a whole. A chain of K terms would gather K roundings, or truncations,
+    which is how tensor cores add TF32."""
+    if total.dtype == a.dtype and PRECISION != "tf32":
         zero = tl.zeros(total.shape, total.dtype)
         if PRECISION == "ieee":
             # A bound on inexact terms, which has no other meaning here, keeps Triton from taking
             # the total for where the product starts.
-            total += tl.dot(a, b, zero, input_precision="ieee", max_num_imprecise_acc=2**30)
+            total += tl.dot(
+                a, b, zero, input_precision="ieee", max_num_imprecise_acc=2**30,
+                out_dtype=total.dtype,
+            )  # fmt: skip
         else:
             total += product(a, b, zero, PRECISION)
     else:
