@@ -135,15 +135,15 @@ FAULTS = {
     ),
     "a tile of rows too far": Fault(
         "rows.cuh",
-        "return block_x() * kRows; }",
-        "return (block_x() + 1) * kRows; }",
+        "return block_x() * kBlockRows; }",
+        "return (block_x() + 1) * kBlockRows; }",
         "",
     ),
     "rows beyond the batch taken": Fault(
-        "rows.cuh", "row_is(i % 2) && unit(i) < hidden", "unit(i) < hidden", ""
+        "rows.cuh", "row_is(i % kLaneRows) && unit(i) < hidden", "unit(i) < hidden", ""
     ),
     "units beyond the last taken": Fault(
-        "rows.cuh", "row_is(i % 2) && unit(i) < hidden", "row_is(i % 2)", ""
+        "rows.cuh", "row_is(i % kLaneRows) && unit(i) < hidden", "row_is(i % kLaneRows)", ""
     ),
     "weights in shared memory one place off": Fault(
         "products.cuh",
@@ -159,7 +159,7 @@ FAULTS = {
         "",
     ),
     "a reset forgotten": Fault(
-        "block_scan.cuh", "if (cut[i % 2]) lane.zero(i);", "", "wrong", cell="gru"
+        "block_scan.cuh", "if (cut[i % kLaneRows]) lane.zero(i);", "", "wrong", cell="gru"
     ),
     "the state of an ended row not carried": Fault(
         "cells.cuh", "h[i] = live ? out.h.v : h[i];", "h[i] = out.h.v;", "wrong", count=2
