@@ -486,10 +486,10 @@ def matmul_plan(
     if dtype == torch.float64:
         return MatmulPlan(32, 32, block_k, 4, 1)
     if precision == "tf32x3":
-        if hopper:  # (eight warps would share 64 rows of wgmma by doing some of them twice)
-            return (
-                MatmulPlan(128, 64, block_k, 8, 3) if aligned else MatmulPlan(64, 64, block_k, 4, 2)
-            )
+        if hopper and aligned:
+            return MatmulPlan(128, 64, block_k, 8, 3)
+        if hopper:  # eight warps would share 64 rows of wgmma by doing some of them twice
+            return MatmulPlan(64, 64, block_k, 4, 2)
         return MatmulPlan(64, 64, block_k, 8, 2)
     few = cuda and int(device.arch) < 100
     few = few and -(-rows // 128) * -(-L // 128) < device.multiprocessors

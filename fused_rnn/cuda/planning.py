@@ -397,8 +397,8 @@ def choose(device: Device, shape: Shape) -> Block | Grid | Step:
 
 # Of one launch of a wave, forward or backward: what the host takes for its handful of operators,
 # called from Python, and what the GPU takes besides the scan's steps, to read weights, project a
-# chunk and pass it on. The host's is half of what a layer's call took on a virtual machine beside an
-# H100, the GPU's an estimate; where they cost more, waves do not pay.
+# chunk and pass it on. The host's is half of what a layer's call took on a virtual machine beside
+# an H100, the GPU's an estimate; where they cost more, waves do not pay.
 WAVE_HOST_US = 400.0
 WAVE_GPU_US = 25.0
 # How many times faster a wave has to be predicted than layers one after another.
