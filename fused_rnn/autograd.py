@@ -63,11 +63,19 @@ def fold_bias(spec: LayerSpec, b_ih: Tensor | None, b_hh: Tensor | None, hidden:
     b_hn = None
     if spec.cell == "gru" and spec.reset_after:
         b_hn = b_hh[:, 2 * hidden :]
+        if b_ih is not None:
+            summed, _ = fold_bias(
+                spec._replace(reset_after=False),
+                b_ih[:, : 2 * hidden],
+                b_hh[:, : 2 * hidden],
+                hidden,
+            )
+            return torch.cat((summed, b_ih[:, 2 * hidden :].to(summed.dtype)), 1), b_hn
         b_hh = torch.nn.functional.pad(b_hh[:, : 2 * hidden], (0, hidden))
     if b_ih is None:
         return b_hh, b_hn
     acc = ops.ACC_DTYPE[b_hh.dtype]
-    return b_ih.to(acc) + b_hh.to(acc), b_hn
+    return (b_ih if acc == b_ih.dtype else b_ih.to(acc)) + b_hh, b_hn  # the sum is of acc
 
 
 def _without_padding(x: Tensor, flags: Tensor | None) -> Tensor:
@@ -87,11 +95,11 @@ def project(spec: LayerSpec, x: Tensor, w_ih: Tensor | None, bias: Tensor | None
     stack, width, _ = w_ih.shape
     batch_first = not x.is_contiguous() and x.transpose(0, 1).is_contiguous()
     x = x.transpose(0, 1) if batch_first else x
-    gates_x = ops.family(spec.backend)["matmul"](
-        merge_rows(x).unsqueeze(0),
-        w_ih.reshape(1, stack * width, size).mT,
-        None if bias is None else bias.reshape(1, stack * width),
-    )
+    if stack > 1:
+        w_ih = w_ih.reshape(1, stack * width, size)
+        bias = None if bias is None else bias.reshape(1, stack * width)
+    rows_of_x = x.reshape(1, x.shape[0] * x.shape[1], size)
+    gates_x = _operators(spec, x, w_ih)["matmul"](rows_of_x, w_ih.mT, bias)
     if batch_first:
         return gates_x.view(rows, steps, stack, width).transpose(0, 1)
     return gates_x.view(steps, rows, stack, width)
@@ -113,6 +121,26 @@ def forward(spec: LayerSpec, inputs: LayerInputs, training: bool) -> tuple[Tenso
     return forward_scan(spec, gates_x, b_hn, inputs, training)
 
 
+PLAIN = (Tensor, torch.nn.Parameter)  # not their subclasses, which may see every operator
+
+
+def unwatched() -> bool:
+    """Whether no transform, mode or compiler looks at operators."""
+    return (
+        not torch.compiler.is_compiling()
+        and not transformed()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def _operators(spec: LayerSpec, *tensors: Tensor) -> dict:
+    """The operators of a layer's backend, past the dispatcher where nobody would know. (To be
+    called without gradients wanted, which its ways are.)"""
+    if all(type(t) in PLAIN for t in tensors) and unwatched():
+        return ops.direct(spec.backend)
+    return ops.family(spec.backend)
+
+
 _cpu_layer_forward = torch.ops.fused_rnn.cpu_layer_forward.default
 _cpu_layer_backward = torch.ops.fused_rnn.cpu_layer_backward.default
 
@@ -129,9 +157,7 @@ def _is_whole(spec: LayerSpec, inputs: LayerInputs) -> bool:
         and (spec.keep_gates or spec.cell == "rnn")
         and (inputs.b_ih is None) == (inputs.b_hh is None)
         and inputs.h0.dtype == inputs.w_hh.dtype
-        and not torch.compiler.is_compiling()
-        and not transformed()
-        and torch._C._len_torch_dispatch_stack() == 0
+        and unwatched()
     )
 
 
@@ -140,8 +166,8 @@ def forward_scan(
 ) -> tuple[Tensor, ...]:
     """The forward scan alone, of whose ``inputs`` it takes what ``gates_x`` and ``b_hn`` do not
     hold; returns what ``forward`` does."""
-    op, reverse, flags = ops.family(spec.backend), spec.reverse, inputs.flags
-    w_hh, h0 = inputs.w_hh, inputs.h0
+    reverse, flags, w_hh, h0 = spec.reverse, inputs.flags, inputs.w_hh, inputs.h0
+    op = _operators(spec, gates_x, w_hh, h0)
     if spec.cell == "rnn":
         return op["rnn_forward"](gates_x, w_hh, h0, flags, reverse, spec.relu)
     if spec.cell == "lstm":
@@ -298,7 +324,8 @@ def backward_scan(
     tape: tuple[Tensor, ...],
 ) -> ScanGradients:
     """The backward scan alone; arguments as ``backward``'s, with the tape's gates."""
-    op, w_hh, flags = ops.family(spec.backend), inputs.w_hh, inputs.flags
+    w_hh, flags = inputs.w_hh, inputs.flags
+    op = _operators(spec, tape[0], w_hh)
     if spec.cell == "lstm":
         dgates, dh0, dc0, dh = op["lstm_backward"](
             *grads, w_hh, inputs.w_hr, inputs.c0, *tape[1:], flags, spec.reverse
@@ -324,8 +351,9 @@ def layer_gradients(
     """The gradients ``want`` marks, by matrix products over all steps of what the scan ``found``.
     h_prev is the state that enters each step, needed for w_hh's; the tape as ``backward_scan``'s,
     of which the GRU's reset-before variant and the projection need the gates."""
-    op, flags, size = ops.family(spec.backend), inputs.flags, inputs.w_hh.shape[2]
+    flags, size = inputs.flags, inputs.w_hh.shape[2]
     dgates, dgates_hn, dh0, dc0, dh = found
+    op = _operators(spec, dgates, inputs.x, inputs.w_hh)
     gates = tape[-1]
 
     def over_steps(left: Tensor, right: Tensor) -> Tensor:

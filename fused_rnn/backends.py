@@ -1,5 +1,6 @@
 """The table of backends: where each runs, why it is unavailable, and which one a call gets."""
 
+import functools
 import importlib.util
 import os
 import warnings
@@ -323,6 +324,23 @@ def choose(request: Request, name: str | None = None) -> str:
             f"backend {name!r} cannot run this {request.cell}: {reason}."
             f" What would: {', '.join(others) or 'none'}"
         )
+    if request.device == "cuda" and not torch.compiler.is_compiling():
+        state = (cuda_library.why_unavailable(), cuda_library.grids_lost())
+        if request.dtype == torch.float32:
+            state += (current_fp32_precision(), torch_fp32_precision())
+        return _choose_on_gpu(request, state)
+    return _first(request)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose_on_gpu(request: Request, state) -> str:
+    """The automatic choice, which on a GPU is made from predictions and costs as much as a launch;
+    it depends on ``state`` too, which may change."""
+    return _first(request)
+
+
+def _first(request: Request) -> str:
+    """The first backend of the table that takes a request and does not yield, or else the first."""
     second = None  # one that can, but would rather leave it to another
     for name in BACKENDS:
         if why_not(name, request) is None:

@@ -10,8 +10,6 @@ from fused_rnn.autograd import LayerInputs, LayerSpec
 from fused_rnn.functional import cast_inputs, needs_gradient, same_device, same_dtype
 from fused_rnn.ops import ACC_DTYPE, CELLS
 
-_PLAIN = (Tensor, torch.nn.Parameter)  # not their subclasses, which may see every operator
-
 
 def may_infer(x: Tensor) -> bool:
     """Whether ``fused_rnn::cpu_layers`` may run a model on x: nothing wants a gradient, looks on or
@@ -23,9 +21,7 @@ def may_infer(x: Tensor) -> bool:
         and backends.current_backend() in (backends.AUTO, "cpu")
         and not backends.extension_missing()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and not autograd.transformed()
-        and torch._C._len_torch_dispatch_stack() == 0
+        and autograd.unwatched()
     )
 
 
@@ -36,7 +32,7 @@ def infer(cell: str, x: Tensor, hx, weights: list[Tensor], flags, bias, projecte
     dtype = x.dtype
     for tensors in (weights, hx or ()):
         for t in tensors:
-            if type(t) not in _PLAIN or t.dtype is not dtype or not t.is_cpu:
+            if type(t) not in autograd.PLAIN or t.dtype is not dtype or not t.is_cpu:
                 return None
     h0, c0 = (None, None) if hx is None else hx if len(hx) == 2 else (hx[0], None)
     y, h_n, c_n = _cpu_layers(

@@ -101,9 +101,10 @@ class _FusedRNNBase(torch.nn.RNNBase):
                 return *found, ()
         reverse = (False, True)[:directions]
         if hx is None:
-            sizes = (self.proj_size or self.hidden_size, self.hidden_size)
-            count = 2 if self._cell == "lstm" else 1
-            zeros = tuple(x.new_zeros((directions, x.shape[1], n)) for n in sizes[:count])
+            zeros = (x.new_zeros((directions, x.shape[1], self.proj_size or self.hidden_size)),)
+            if self._cell == "lstm":  # nothing writes to them, so one may be both
+                c0 = (directions, x.shape[1], self.hidden_size)
+                zeros = (*zeros, x.new_zeros(c0) if self.proj_size else zeros[0])
         if self.num_layers > 1 and directions == 1 and self.tape == "keep":
             plain = flags is None and packing is None and not return_cells and not self.proj_size
             sizes = (self.num_layers, self.hidden_size)

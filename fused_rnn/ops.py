@@ -5,6 +5,7 @@ all under the schemas below (see docs/design.md for shapes and meanings). The im
 with the backend: C++ registers its own when ``fused_rnn._C`` is loaded.
 """
 
+import functools
 import importlib
 
 import torch
@@ -274,19 +275,33 @@ def family(backend: str) -> dict:
     return _families[backend]
 
 
+_modules: dict[str, str] = {}
+
+
 def implement_lazily(backend: str, module: str, keys: tuple[str, ...]) -> None:
     """Register a family's implementations for dispatch keys from Python: ``IMPLEMENTATIONS`` of a
     module that is imported at the first call."""
+    _modules[backend] = module
 
     def implementation(name):
         def run(*args):
-            return importlib.import_module(module).IMPLEMENTATIONS[name](*args)
+            return direct(backend)[name](*args)
 
         return run
 
     for name in _families[backend]:
         for key in keys:
             _library.impl(f"{backend}_{name}", implementation(name), key)
+
+
+@functools.cache
+def direct(backend: str) -> dict:
+    """The operators of one backend as what implements them, for where nothing looks on that the
+    dispatcher would have to tell: its way to Python and back costs as much as a launch. Of a
+    backend that is not implemented in Python, ``family``'s."""
+    if backend not in _modules:
+        return _families[backend]
+    return importlib.import_module(_modules[backend]).IMPLEMENTATIONS
 
 
 define_family("cpu")

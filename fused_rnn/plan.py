@@ -1,7 +1,7 @@
 """Which kernel and which tiles a scan gets, and how long a step should take: pure Python.
 
 The choice depends on (device, cell, S, B, H, dtype) through a small model of bytes, products and
-synchronisations. The model's constants are published figures until measured ones replace them;
+synchronisations. Its constants were measured on an H100, or are published figures of other GPUs;
 docs/performance.md has its predictions beside what has been measured. Nothing here imports Triton
 or touches a GPU, so all of it is tested anywhere.
 """
@@ -54,8 +54,8 @@ DEVICES = {
     device.name: device
     for device in (
         Device("A100", "cuda", 80, 108, 163 * 1024, 1.41, 1935, 4000),
-        Device("H100", "cuda", 90, 132, 227 * 1024, 1.755, 3350, 5500),
-        Device("H200", "cuda", 90, 132, 227 * 1024, 1.755, 4800, 5500),
+        Device("H100", "cuda", 90, 132, 227 * 1024, 1.98, 3350, 5500),
+        Device("H200", "cuda", 90, 132, 227 * 1024, 1.98, 4800, 5500),
         Device("B200", "cuda", 100, 148, 227 * 1024, 1.85, 8000, 9000),
         Device("RTX 5090", "cuda", 120, 170, 99 * 1024, 2.4, 1792, 6000, mma16=256, mma32=128),
         Device("MI300X", "hip", "gfx942", 304, 64 * 1024, 2.1, 5300, 10000, fma=256),
@@ -240,7 +240,8 @@ def options(device: Device, plan) -> dict:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Microseconds of one step and what they are made of."""
+    """Microseconds of one step and what they are made of; ``measured``: how many times their sum it
+    took on an H100."""
 
     plan: BlockPlan | TilePlan
     products: float
@@ -249,26 +250,38 @@ class Prediction:
     arithmetic: float
     latency: float
     launches: float
+    measured: float = 1.0
 
     @property
     def total(self) -> float:
         busy = max(self.products, self.weights, self.sequences) + self.arithmetic
-        return busy + max(self.latency, self.launches)
+        return (busy + max(self.latency, self.launches)) * self.measured
 
 
-# Published cycles: shared memory 29 (a write, a barrier and a read: about 100), L2 258 to 414, one
-# tensor core instruction of a chain 24; about 30 instructions an exponential with its quotient.
+def measured(shape: Shape, kind: str) -> float:
+    """How many times what the model makes of their parts Triton's kernels took on an H100: block
+    scans of 64 and 128 units, and one step of 512 a launch. (Streamed scans are taken to be like
+    block scans.)"""
+    if kind != "step":
+        return 2.3 if shape.backward else 1.8
+    if shape.itemsize == 2:
+        return 1.6 if shape.backward else 0.9
+    return 5.4 if shape.backward else 1.7
+
+
+# Cycles, measured on an H100: shared memory 29 (a write, a barrier and a read: about 100), L2 277,
+# one tensor core instruction of a chain 24; about 30 instructions an exponential with its quotient.
 EXCHANGE_CYCLES = 100
-L2_CYCLES = 330
+L2_CYCLES = 277
 MMA_CYCLES = 24
 EXPONENTIALS = {"lstm": 5, "gru": 3, "rnn": 1}  # of a unit, forward; the LSTM's backward has one
 EXPONENTIAL_CYCLES = 35
 # What a unit of a row costs a multiprocessor, which does 128 instructions a clock: some 20 for each
 # exponential with its quotient, and 8 for each value read, written or formed.
 EXPONENTIAL_INSTRUCTIONS, VALUE_INSTRUCTIONS = 20, 8
-# From the host: one launch of a loop that reuses a compiled kernel; on the GPU: from the end of one
-# kernel to the start of the next.
-LAUNCH_US = 4.0
+# From the host: one launch of a loop that reuses a compiled kernel (a virtual machine's beside an
+# H100 took 11 to 16); on the GPU: from the end of one kernel to the start of the next.
+LAUNCH_US = 10.0
 KERNEL_US = 1.0
 
 
@@ -317,6 +330,7 @@ def predict(device: Device, shape: Shape, plan: BlockPlan | TilePlan) -> Predict
             arithmetic_cycles(shape, elements, EXPONENTIAL_INSTRUCTIONS) * us_per_cycle,
             latency * us_per_cycle,
             0.0,
+            measured(shape, plan.kind),
         )
     blocks = -(-shape.H // plan.block_u)
     padded = 4 if gates == 3 and not shape.backward else gates
@@ -337,6 +351,7 @@ def predict(device: Device, shape: Shape, plan: BlockPlan | TilePlan) -> Predict
             arithmetic_cycles(shape, elements, EXPONENTIAL_INSTRUCTIONS) * us_per_cycle,
             total,
             0.0,
+            measured(shape, plan.kind),
         )
     waves = -(-tiles * blocks // device.multiprocessors)
     weights = weights_bytes * tiles / device.l2 * 1e-3
@@ -349,6 +364,7 @@ def predict(device: Device, shape: Shape, plan: BlockPlan | TilePlan) -> Predict
         arithmetic_cycles(shape, elements, EXPONENTIAL_INSTRUCTIONS) * us_per_cycle,
         latency * us_per_cycle + KERNEL_US * phases,
         LAUNCH_US * phases,
+        measured(shape, plan.kind),
     )
 
 
@@ -379,24 +395,34 @@ def choose(device: Device, shape: Shape) -> BlockPlan | TilePlan:
     return chosen(device, shape).plan
 
 
+# A forward step of cuDNN in microseconds, on an H100 with cuDNN 9.19. Where it launches a product
+# and a pointwise kernel a step they take this and their work; a host that launches slowly takes
+# several times as long.
+CUDNN_LAUNCHES = 4.4
+# Its persistent kernels for small states: of float16, of float32 (which multiply by FMA).
+CUDNN_SMALL = {torch.float16: 1.45, torch.float32: 2.1}
+# How many times faster than a persistent kernel of cuDNN's ours has to be predicted: a call of ours
+# takes the host longer, which such short ones feel.
+CUDNN_CAUTION = 1.5
+
+
 def cudnn_step_us(device: Device, shape: Shape) -> float:
     """What a forward step of cuDNN is taken to cost, for the automatic choice between its path and
     ours.
 
-    cuDNN keeps weights on the chip for float16 LSTMs of H <= 1024 in multiples of 128, B <= 128 in
-    multiples of 8, one direction: published on an H100, 1.96 us a step for H = 768, B = 16.
-    Elsewhere it launches a product and a pointwise kernel a step.
+    cuDNN keeps weights on the chip in float16 and float32 for H <= 128, and for float16 LSTMs of
+    H <= 1024 in multiples of 128, B <= 128 in multiples of 8, one direction. Elsewhere it launches
+    a product and a pointwise kernel a step.
     """
+    plain = not shape.proj and shape.reset_after
+    if plain and shape.H <= 128 and shape.dtype in CUDNN_SMALL:
+        return CUDNN_SMALL[shape.dtype] * shape.S / CUDNN_CAUTION
     persistent = (
-        shape.cell == "lstm"
-        and shape.dtype == torch.float16
-        and not shape.proj
-        and shape.S == 1
-        and (shape.H % 128 == 0 and shape.H <= 1024)
-        and (shape.B % 8 == 0 and shape.B <= 128)
+        *(plain, shape.cell == "lstm", shape.dtype == torch.float16, shape.S == 1),
+        *(shape.H % 128 == 0, shape.H <= 1024, shape.B % 8 == 0, shape.B <= 128),
     )
-    if persistent:
-        return 1.96
+    if all(persistent):
+        return (0.9 + 0.05 * shape.B + 0.001 * shape.H) / CUDNN_CAUTION
     out = shape.proj or shape.H
     weights = shape.gates * shape.H * out * shape.itemsize
     products = 2 * shape.gates * shape.H * out * shape.B
@@ -404,7 +430,7 @@ def cudnn_step_us(device: Device, shape: Shape) -> float:
         device, replace(shape, precision="ieee" if shape.precision == "ieee" else "tf32")
     )
     peak = device.multiprocessors * device.clock * 2e3 * rate  # operations a us
-    once = 3.5 + max(weights / device.l2 * 1e-3, 2 * products / peak)
+    once = CUDNN_LAUNCHES + max(weights / device.l2 * 1e-3, 2 * products / peak)
     return once * shape.S
 
 
@@ -435,26 +461,35 @@ def matmul_block_k(dtype: torch.dtype, precision: str) -> int:
 
 
 def matmul_plan(
-    device: Device, rows: int, L: int, dtype: torch.dtype, precision: str, aligned: bool = True
+    device: Device,
+    rows: int,
+    L: int,
+    dtype: torch.dtype,
+    precision: str,
+    aligned: bool = True,
+    along_k: bool = True,
 ) -> MatmulPlan:
-    """Tiles by the rows and width of the result, parts of its sums counted as rows, the dtype, and
-    whether all operands can be read 16 bytes at a time.
+    """Tiles by the rows and width of the result, parts of its sums counted as rows, the dtype,
+    whether all operands can be read 16 bytes at a time, and whether both lie along k, which is what
+    weights and the dtype make of a projection but not of its gradients.
 
     A row's bits may not depend on the number of rows, so nothing here that rows decide may change
     the order of an element's sum: block_k is ``matmul_block_k`` for all, and every tile that can be
     had instead of another takes the same kind of instruction, which has one depth in k. FMA takes
     one term after another in any tile. Hopper multiplies by wgmma where tiles have 64 rows or a
-    multiple and warps come in fours, which is all there is here for tensor cores; earlier GPUs by
-    mma.sync in any tile. Of AMD's and Blackwell's instructions less is known, so rows decide
-    nothing there.
+    multiple and warps come in fours, by mma.sync where there are two warps, for which ``along_k``
+    decides in TF32; earlier GPUs by mma.sync in any tile. Of AMD's and Blackwell's instructions
+    less is known, so rows decide nothing there.
     """
     block_k = matmul_block_k(dtype, precision)
     cuda, hopper = device.backend == "cuda", device.backend == "cuda" and device.arch == 90
     if dtype == torch.float64:
         return MatmulPlan(32, 32, block_k, 4, 1)
     if precision == "tf32x3":
+        if hopper and aligned:
+            return MatmulPlan(128, 64, block_k, 8, 3)
         if hopper:  # eight warps would share 64 rows of wgmma by doing some of them twice
-            return MatmulPlan(64, 64, block_k, 4, *((3, 3) if aligned else (2, 1)))
+            return MatmulPlan(64, 64, block_k, 4, 2)
         return MatmulPlan(64, 64, block_k, 8, 2)
     few = cuda and int(device.arch) < 100
     few = few and -(-rows // 128) * -(-L // 128) < device.multiprocessors
@@ -467,13 +502,24 @@ def matmul_plan(
     block_l = 64 if L <= 64 else 128
     if not hopper:
         return MatmulPlan(128, block_l, block_k, 8, 3 if cuda and device.shared > 160 * 1024 else 2)
+    # (As measured on an H100. wgmma takes TF32 along k alone, and Triton turns other operands round
+    # through registers and shared memory, which takes three times as long.)
+    if dtype == torch.float32 and not along_k:
+        return MatmulPlan(64, block_l, block_k, 2, 3)
+    wide = L >= 256 and -(-rows // 128) * -(-L // 256) >= device.multiprocessors
     if dtype == torch.float32:
         # Operands are rounded in registers, and b goes back to shared memory: three programs, so
         # that two have products to do meanwhile.
-        return MatmulPlan(64, block_l, block_k, 4, 3, 3)
+        return (
+            MatmulPlan(128, 256, block_k, 8, 3)
+            if wide
+            else MatmulPlan(64, block_l, block_k, 4, 3, 3)
+        )
     if few:
         return MatmulPlan(64, block_l, block_k, 4, 3, 2)
-    return MatmulPlan(128, block_l, block_k, 8, 3, 2)
+    return (
+        MatmulPlan(128, 256, block_k, 8, 4) if wide else MatmulPlan(128, block_l, block_k, 8, 3, 2)
+    )
 
 
 def matmul_chunk(K: int, L: int) -> int:

@@ -32,10 +32,15 @@ def loaded():
 
 
 def with_rows(monkeypatch, rows):
-    """Every block scan from now on with so many rows a block, which the plan has for batches of
-    many hundred only; a row's bits are the same."""
-    found = planning.block_kernel
-    monkeypatch.setattr(planning, "block_kernel", lambda shape, _=None: found(shape, rows))
+    """Every block scan from now on with so many rows a block, of which the plan has four for all
+    batches but those of many hundred; a row's bits are the same."""
+    before = planning.choose
+
+    def choose(device, shape):
+        found = before(device, shape)
+        return dataclasses.replace(found, rows=rows) if found.kind == "block" else found
+
+    monkeypatch.setattr(planning, "choose", choose)
 
 
 @pytest.fixture(params=[4, 8])

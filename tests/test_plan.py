@@ -200,16 +200,17 @@ def test_sums_are_shared_out_by_their_length_and_width():
 def test_rows_do_not_choose_the_order_of_sums(device):
     """Neither terms a step nor, of tensor cores, the kind of instruction."""
     for dtype, precision in ((d, p) for d in DTYPES for p in plan.PRECISIONS):
-        for width, aligned in itertools.product((64, 512, 4096), (True, False)):
+        for width, *layout in itertools.product((64, 512, 4096), (True, False), (True, False)):
             plans = {
-                plan.matmul_plan(device, rows, width, dtype, precision, aligned)
+                plan.matmul_plan(device, rows, width, dtype, precision, *layout)
                 for rows in (1, 64, 1000, 8192, 1 << 20)
             }
             assert {p.block_k for p in plans} == {plan.matmul_block_k(dtype, precision)}
             if device.arch == 90 and (dtype.itemsize == 2 or precision != "ieee"):
-                # Hopper's wgmma, whatever the tile.
+                # Hopper's wgmma, whatever the tile, or mma.sync.
                 if dtype != torch.float64:
-                    assert all(p.block_m % 64 == 0 and p.num_warps % 4 == 0 for p in plans)
+                    assert all(p.block_m % 64 == 0 for p in plans)
+                    assert len({p.num_warps % 4 == 0 for p in plans}) == 1
             elif len(plans) > 1:
                 assert (device.backend == "cuda" and int(device.arch) < 100) or precision == "ieee"
 
@@ -217,6 +218,7 @@ def test_rows_do_not_choose_the_order_of_sums(device):
 @pytest.fixture(params=[True, False], ids=["cuda", "no cuda"])
 def gpu(request, monkeypatch):
     """An H200 to choose for, with the CUDA library or without; nothing runs on it."""
+    backends._choose_on_gpu.cache_clear()
     monkeypatch.setattr(backends, "_has_gpu", lambda: True)
     monkeypatch.setattr(backends, "_interpreting", lambda: False)
     monkeypatch.setattr(plan, "device_of", lambda index: DEVICES["H200"])
@@ -233,6 +235,7 @@ def test_the_automatic_choice_on_a_gpu(dtype, gpu, monkeypatch):
 
     def choose(hidden, cell="lstm", **fields):
         sizes = {"device_index": 0, "rows": 32, "hidden": hidden}
+        backends._choose_on_gpu.cache_clear()  # what is patched here, nothing else can change
         return backends.choose(backends.Request(cell, "cuda", dtype, **sizes, **fields))
 
     ours = "cuda" if gpu and dtype != torch.float64 else "triton"
@@ -241,8 +244,12 @@ def test_the_automatic_choice_on_a_gpu(dtype, gpu, monkeypatch):
     monkeypatch.setattr(library, "_lost", True)  # a grid scan of this process
     assert choose(1024, flags=True) == "triton"
     monkeypatch.setattr(library, "_lost", False)
-    if dtype.itemsize == 2:
+    if dtype == torch.bfloat16:  # in float16 cuDNN has persistent kernels
         assert choose(64) == choose(128) == ("cuda" if gpu else "triton")
+    if dtype == torch.float16:
+        assert choose(64) == choose(128, "gru") == choose(512) == "torch"
+        assert choose(512, "gru") == ("cuda" if gpu else "torch")
+    if dtype.itemsize == 2:
         assert choose(128, "gru", reset_after=False) == "triton"
     monkeypatch.setattr(plan, "cudnn_step_us", lambda device, shape: 0.0)
     assert choose(2048) == choose(64) == "torch"
@@ -258,24 +265,28 @@ def test_a_gpu_the_library_has_no_code_for(gpu, monkeypatch):
     """It is left to the other backends, and the reason is given with the remedy."""
     monkeypatch.setattr(library, "has_code_for", lambda index: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (12, 1))
-    text = explain(torch.nn.LSTM(8, 64), device="cuda")
-    assert text.startswith("lstm on cuda, float32: triton")
+    text = explain(torch.nn.LSTM(8, 64).bfloat16(), device="cuda")
+    assert text.startswith("lstm on cuda, bfloat16: triton")
     if gpu:
         assert "cuda: the library has no code for this GPU; TORCH_CUDA_ARCH_LIST=12.1" in text
 
 
 def test_explain_tells_the_prediction(gpu, monkeypatch):
-    text = explain(torch.nn.LSTM(8, 64), device="cuda")
-    assert text.startswith(f"lstm on cuda, float32: {'cuda' if gpu else 'triton'}")
-    text = explain(torch.nn.LSTM(8, 2500), device="cuda")
+    def told(size):
+        backends._choose_on_gpu.cache_clear()
+        return explain(torch.nn.LSTM(8, size), device="cuda")
+
+    text = told(300)
+    assert text.startswith(f"lstm on cuda, float32: {'cuda' if gpu else 'torch'}")
+    text = told(2500)
     if gpu:
         assert "cuda: Triton's kernels are predicted to be faster at B = 32, H = 2500" in text
     monkeypatch.setattr(plan, "torch_is_faster", lambda device, shape: True)
-    text = explain(torch.nn.LSTM(8, 2500), device="cuda")
+    text = told(2500)
     assert text.startswith("lstm on cuda, float32: torch")
     assert "triton: torch.nn's path is predicted to be faster at B = 32, H = 2500" in text
     monkeypatch.setattr(plan, "torch_is_faster", lambda device, shape: False)
-    text = explain(torch.nn.LSTM(8, 2500), device="cuda")
+    text = told(2500)
     assert text.startswith("lstm on cuda, float32: triton")
 
 

@@ -114,31 +114,53 @@ def _precision(model: devices.Device, device: torch.device, dtype: torch.dtype) 
 
 def _run(name: str, w_hh: Tensor, sequence: Tensor, *args, proj=0, reset_after=True):
     """One of the library's operators, with the kernel its shape gets."""
-    cell, direction = name.split("_")
-    device = w_hh.device
-    model = device_model(device)
-    precision = _precision(model, device, w_hh.dtype)
-    kernel: planning.Block | planning.Grid | planning.Step = planning.Step()
+    device, dtype = w_hh.device, w_hh.dtype
+    precision = "ieee"
+    if dtype is torch.float32 and device_model(device).has_tf32:
+        precision = current_fp32_precision(device.type)
+    sizes = None
     if w_hh.dim() == 3 and sequence.dim() == 4:  # else the operator says what is wrong
         S, width, _ = w_hh.shape
-        shape = Shape(
-            *(cell, S, sequence.shape[1], width // GATES[cell], w_hh.dtype, proj, reset_after),
-            *(precision, direction == "backward"),
-        )
-        if shape.H and S and w_hh.dtype in ACC_DTYPE:
-            kernel, _ = _settled(model, shape, device)
+        sizes = S, sequence.shape[1], width, dtype, proj, reset_after, precision
+    state = planning.choose, library.why_unavailable(), library.grids_lost()
+    kernel = _kernel(name, device, sizes, state)
     on, stream = _NOTHING, 0
     if device.type == "cuda":
-        on, stream = torch.cuda.device(device), torch.cuda.current_stream(device).cuda_stream
-    op = getattr(torch.ops.fused_rnn, f"cuda_scan_{name}").default
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if index != torch.cuda.current_device():
+            on = torch.cuda.device(index)
+        stream = torch.cuda.current_stream(index).cuda_stream
     choice = (kernel.kernel, kernel.rows, PRECISIONS.index(precision), stream)
     products = _no_less_than(precision, device) if kernel.kind == "step" else _NOTHING
     with torch.no_grad(), on, products:
         try:
-            return op(*args, *choice)
+            return _operator(name)(*args, *choice)
         except RuntimeError:
             library.note_whether_lost()
             raise
+
+
+@functools.cache
+def _operator(name: str):
+    """The library's own, which is loaded by now."""
+    return getattr(torch.ops.fused_rnn, f"cuda_scan_{name}").default
+
+
+@functools.lru_cache(maxsize=4096)
+def _kernel(name: str, device: torch.device, sizes, state):
+    """The kernel a scan of so many entries, rows and gates gets. It depends on ``state`` too, which
+    may change."""
+    model = device_model(device)
+    if sizes is None:
+        return planning.Step()
+    cell, direction = name.split("_")
+    S, rows, width, dtype, proj, reset_after, precision = sizes
+    backward = direction == "backward"
+    if not S or width < GATES[cell] or dtype not in ACC_DTYPE:
+        return planning.Step()
+    hidden = width // GATES[cell]
+    shape = Shape(cell, S, rows, hidden, dtype, proj, reset_after, precision, backward)
+    return _settled(model, shape, device)[0]
 
 
 def _projection(w_hr: Tensor | None) -> int:

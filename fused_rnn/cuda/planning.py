@@ -15,6 +15,7 @@ from fused_rnn.ops import CELLS as CELLS  # in the order in which params.h numbe
 from fused_rnn.plan import (
     EXCHANGE_CYCLES,
     EXPONENTIAL_INSTRUCTIONS,
+    EXPONENTIALS,
     KERNEL_US,
     L2_CYCLES,
     LAUNCH_US,
@@ -254,24 +255,40 @@ class Prediction:
         return max(busy, self.sequences, self.latency, self.launches)
 
 
-# Of a block scan's exponential with its quotient where operands have 11 bits: two instructions of
-# the special function unit, which does 16 a clock where others go at 128. Elsewhere library calls.
-FAST_EXPONENTIAL = 2 * 128 / 16
+# What one warp's instructions take. Measured on an H100: with two warps on each scheduler, which is
+# what the registers leave room for, one instruction of a warp every six clocks in a block scan and
+# every five in a grid scan, most of them waiting for the one before. Counted in the machine code:
+# what a step has of them besides the gates; what a slot has for each exponential with its quotient
+# (library calls where precision is full) and for each value read, written or formed.
+BLOCK_ISSUE, GRID_ISSUE = 6.0, 5.0
+BLOCK_INSTRUCTIONS, GRID_INSTRUCTIONS = 110, 350
+EXPONENTIAL_OF_LANE, EXACT_EXPONENTIAL_OF_LANE = 12, 30
+VALUE_OF_LANE, BACKWARD_VALUE_OF_LANE = 6, 9
+# Instructions of all warps a clock of a multiprocessor that has enough of them.
+ISSUED = 2.4
 
 
-def _exponential(shape: Shape) -> float:
+def lane_instructions(shape: Shape, slots: int) -> float:
+    """Instructions of a warp for the gates of so many slots a lane."""
     exact = product_of(shape) in ("ieee", "tf32x3")
-    return EXPONENTIAL_INSTRUCTIONS if exact else FAST_EXPONENTIAL
+    exponential = EXACT_EXPONENTIAL_OF_LANE if exact else EXPONENTIAL_OF_LANE
+    if shape.backward:
+        count, values = int(shape.cell == "lstm"), 3 * shape.gates + 3
+        return slots * (count * exponential + values * BACKWARD_VALUE_OF_LANE)
+    count, values = EXPONENTIALS[shape.cell], 2 * shape.gates + 3
+    return slots * (count * exponential + values * VALUE_OF_LANE)
 
 
-# What a grid scan's step takes besides its work, in latencies of L2: an operand written, the count
-# after it on its way, polls that find it half a turn late, the operand read.
-GRID_TRIPS = 3.5
+# A grid's blocks come round by a count in L2: measured from the last store of an operand to its
+# first load, and what each further block adds.
+GRID_BARRIER_CYCLES, GRID_BLOCK_CYCLES = 1650, 2
+# Of what several groups of rows in a tile take one after another, the part nothing hides.
+GRID_GROUPS = 0.9
 
 
 def predict_grid(device: Device, shape: Shape, plan: Grid, sequences: float) -> Prediction:
-    """The model of a grid scan: groups of rows follow one another through a step, and what is on
-    its way costs nothing while there are others to compute."""
+    """The model of a grid scan: groups of rows follow one another through a step, each with its
+    products, its gates and its way through L2, and little of one is hidden behind another's."""
     us_per_cycle = 1e-3 / device.clock
     size = shape.itemsize
     parts = 3 if size == 2 and shape.cell == "rnn" and not shape.backward else 1
@@ -296,17 +313,19 @@ def predict_grid(device: Device, shape: Shape, plan: Grid, sequences: float) -> 
         work, chain = 3 * work, 3 * chain
     passed = shape.gates * size if scattering else 2 * tiles * 4  # a warp, for a unit and row
     sums = WARPS * UNITS * in_group * passed / 128
-    arithmetic = arithmetic_cycles(shape, plan.units * in_group, _exponential(shape))
-    arithmetic += EXCHANGE_CYCLES
-    group = max(work, chain, traffic, in_shared) + sums + arithmetic
-    latency = group + GRID_TRIPS * L2_CYCLES
+    instructions = GRID_INSTRUCTIONS + lane_instructions(shape, plan.units // UNITS)
+    arithmetic = GRID_ISSUE * instructions
+    exchange = GRID_BARRIER_CYCLES + GRID_BLOCK_CYCLES * plan.slices + L2_CYCLES
+    group = max(work, chain, traffic, in_shared) + sums + arithmetic + exchange
+    several = GRID_GROUPS if groups > 1 else 1.0
+    scale = groups * waves * us_per_cycle
     return Prediction(
         plan,
-        max(work, chain) * groups * waves * us_per_cycle,
-        max(traffic, in_shared) * groups * waves * us_per_cycle,
-        (sums + arithmetic) * groups * waves * us_per_cycle,
+        max(work, chain) * scale,
+        max(traffic, in_shared) * scale,
+        (sums + instructions * WARPS / ISSUED) * scale,
         sequences,
-        latency * waves * us_per_cycle,
+        group * several * scale,
         0.0,
     )
 
@@ -344,32 +363,23 @@ def predict(device: Device, shape: Shape, plan: Block | Grid | Step) -> Predicti
     chain = units * size / 32 * MMA_CYCLES * (3 if product == "tf32x3" else 1)
     if product == "ieee":
         chain = units * 4.0  # one multiply-add after another
-    arithmetic = arithmetic_cycles(shape, units * plan.rows, _exponential(shape))
-    alone = max(work, read / 128, chain) + arithmetic + EXCHANGE_CYCLES + L2_CYCLES / 4
+    instructions = BLOCK_INSTRUCTIONS + lane_instructions(shape, plan.rows // 2)
+    alone = max(work, read / 128, chain) + BLOCK_ISSUE * instructions + EXCHANGE_CYCLES
     return Prediction(
         plan,
         work * each * us_per_cycle,
         read / 128 * each * us_per_cycle,
-        arithmetic * each * us_per_cycle,
+        instructions * plan.threads / 32 / ISSUED * each * us_per_cycle,
         sequences,
         alone * _ceil(each, together) * us_per_cycle,
         0.0,
     )
 
 
-# How many times faster a grid scan has to be predicted than a block scan to be taken instead: its
-# prediction hangs on latencies that nobody has measured yet.
-GRID_CAUTION = 1.5
-
-
 def choices(device: Device, shape: Shape) -> list[Prediction]:
-    """Every kernel that can run a shape, the best by prediction first."""
+    """Every kernel that can run a shape, the fastest by prediction first."""
     plans = [block_plan(device, shape), grid_plan(device, shape), Step()]
-
-    def weighed(found: Prediction) -> float:
-        return found.total / (GRID_CAUTION if isinstance(found.plan, Block) else 1)
-
-    return sorted((predict(device, shape, p) for p in plans if p), key=weighed)
+    return sorted((predict(device, shape, p) for p in plans if p), key=lambda p: p.total)
 
 
 @lru_cache(maxsize=4096)
@@ -387,8 +397,9 @@ def choose(device: Device, shape: Shape) -> Block | Grid | Step:
 
 # Of one launch of a wave, forward or backward: what the host takes for its handful of operators,
 # called from Python, and what the GPU takes besides the scan's steps, to read weights, project a
-# chunk and pass it on. Nobody has measured them on a GPU; where they cost more, waves do not pay.
-WAVE_HOST_US = 150.0
+# chunk and pass it on. The host's is half of what a layer's call took on a virtual machine beside
+# an H100, the GPU's an estimate; where they cost more, waves do not pay.
+WAVE_HOST_US = 400.0
 WAVE_GPU_US = 25.0
 # How many times faster a wave has to be predicted than layers one after another.
 WAVE_CAUTION = 1.2

@@ -163,7 +163,8 @@ def configurations(device: Device) -> list[Configuration]:
             # Projections, gradients of their inputs, of their weights: operands' axes without gaps.
             ways = (("a_k", "b_k"), ("a_k", "b_l"), ("a_m", "b_l"))
             for rows, width, way in itertools.product((16, 1 << 20), (64, 1024), ways):
-                plan = planning.matmul_plan(device, rows, width, dtype, precision, aligned)
+                along_k = way == ("a_k", "b_k")
+                plan = planning.matmul_plan(device, rows, width, dtype, precision, aligned, along_k)
                 # Gradients are float32 where the rest has 16 bits. Of K that is no multiple of the
                 # blocks' and of one that is, one each.
                 step = 16 if aligned else 1

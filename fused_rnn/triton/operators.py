@@ -336,7 +336,8 @@ def matrix_product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     chunk = planning.matmul_chunk(K, L)
     splits = max(1, triton.cdiv(K, chunk))
     wide = L % 16 == 0 and _reads_wide(a) and _reads_wide(b)
-    plan = planning.matmul_plan(device, N * M * splits, L, io, precision, wide)
+    along_k = a.stride(2) == 1 and b.stride(1) == 1
+    plan = planning.matmul_plan(device, N * M * splits, L, io, precision, wide, along_k)
     blocks = (chunk if splits > 1 else K + plan.block_k - 1) // plan.block_k
     parts = out if splits == 1 else out.new_empty((splits, *out.shape))
     tiles = triton.cdiv(M, plan.block_m) * triton.cdiv(L, plan.block_l)
