@@ -62,13 +62,13 @@ def product(a, b, total, PRECISION: tl.constexpr):
     else:
         a_high, b_high = to_tf32(a), to_tf32(b)
         if PRECISION == "tf32x3":
-            # Products of infinities are in the other sum; here they would meet zeros. (A tensor
-            # core cuts its sum off after each instruction, always towards zero: the small products
-            # have a sum of their own, or they would lengthen the other's chain threefold.)
+            # Products of infinities are in the last line; here they would meet zeros. (A tensor
+            # core cuts its sum off after each instruction, always towards zero: the sum begins with
+            # the small products, and is added to the total as a whole.)
             a_low, b_low = to_tf32(_finite(a - a_high)), to_tf32(_finite(b - b_high))
             small = tl.dot(a_low, _finite(b_high), input_precision="tf32")
             small = tl.dot(_finite(a_high), b_low, small, input_precision="tf32")
-            total = tl.dot(a_high, b_high, total, input_precision="tf32") + small
+            total += tl.dot(a_high, b_high, small, input_precision="tf32")
         else:
             total = tl.dot(a_high, b_high, total, input_precision="tf32")
     return total
@@ -79,17 +79,13 @@ def add_product(a, b, total, PRECISION: tl.constexpr):
     """total + a @ b, as one block of a longer sum: a block's sums of float32 or float64 start from
     zero and are added as a whole. A chain of K terms would gather K roundings, or truncations,
     which is how tensor cores add TF32."""
-    if total.dtype == a.dtype and PRECISION != "tf32":
+    if total.dtype == a.dtype and PRECISION == "ieee":
+        # A bound on inexact terms, which has no other meaning here, keeps Triton from taking the
+        # total for where the product starts.
         zero = tl.zeros(total.shape, total.dtype)
-        if PRECISION == "ieee":
-            # A bound on inexact terms, which has no other meaning here, keeps Triton from taking
-            # the total for where the product starts.
-            total += tl.dot(
-                a, b, zero, input_precision="ieee", max_num_imprecise_acc=2**30,
-                out_dtype=total.dtype,
-            )  # fmt: skip
-        else:
-            total += product(a, b, zero, PRECISION)
+        total += tl.dot(
+            a, b, zero, input_precision="ieee", max_num_imprecise_acc=2**30, out_dtype=total.dtype
+        )
     else:
         total = product(a, b, total, PRECISION)
     return total
