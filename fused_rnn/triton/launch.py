@@ -1,7 +1,6 @@
 """Launching: which kernel and tiles a call gets, one launch or one a step, on which device."""
 
 import contextlib
-import functools
 
 import torch
 import triton
@@ -45,31 +44,46 @@ def precision_of(device: planning.Device, kind: str, dtype: torch.dtype) -> str:
     return wanted if device.has_tf32 else "ieee"
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 def on(device: torch.device):
     """The context in which kernels go to a tensor's device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(device)
+
+
+class Launcher:
+    """Launches one kernel again and again, with arguments that Triton compiles the same code for.
+
+    The first launch goes through Triton's dispatch, which compiles; the others call the compiled
+    kernel, at a fraction of the time on the host. (That takes a grid of three numbers.)
+    """
+
+    def __init__(self, kernel, grid: tuple[int, int, int], options: dict):
+        self.kernel, self.grid, self.options, self.compiled = kernel, grid, options, None
+
+    def __call__(self, *args, stream: int | None) -> None:
+        if self.compiled is not None:
+            self.compiled(*args, stream=stream)
+            return
+        found = self.kernel[self.grid](*args, **self.options)
+        if not INTERPRETED:
+            self.compiled = found[self.grid]
 
 
 class Steps:
-    """Launches one kernel again and again with only the step changing.
-
-    The first launch goes through Triton's dispatch, which compiles; the others call the compiled
-    kernel, at a fraction of the time on the host. (That takes a grid of three numbers only.)
-    """
+    """Launches one kernel again and again with only the step changing."""
 
     def __init__(self, kernel, grid, args: tuple, constants: tuple, step_at: int, options: dict):
-        self.kernel, self.grid, self.options = kernel, grid, options
-        self.args, self.step_at, self.compiled = [*args, *constants], step_at, None
+        self.launcher, self.step_at = Launcher(kernel, grid, options), step_at
+        self.args = [*args, *constants]
+        self.stream = None if INTERPRETED else torch.cuda.current_stream().cuda_stream
 
     def __call__(self, step: int) -> None:
         self.args[self.step_at] = step
-        if self.compiled is None:
-            found = self.kernel[self.grid](*self.args, **self.options)
-            if not INTERPRETED:
-                stream = torch.cuda.current_stream().cuda_stream
-                self.compiled = functools.partial(found[self.grid], stream=stream)
-        else:
-            self.compiled(*self.args)
+        self.launcher(*self.args, stream=self.stream)
 
 
 class Call:
@@ -112,7 +126,7 @@ class Call:
         """All steps of a kernel that loops: in one launch where the plan streams, else in one
         each."""
         if self.plan.streamed:
-            steps.grid = (steps.grid[0], 1, 1)
+            steps.launcher.grid = (steps.launcher.grid[0], 1, 1)
             steps.args[steps.step_at + 1] = count
             steps(0)
         else:

@@ -1,15 +1,8 @@
 """The operators ``fused_rnn::triton_*``: schemas fused_rnn/ops.py's, meanings docs/design.md's."""
 
-import torch
-import triton
-from torch import Tensor
-
-from fused_rnn import plan as planning
-from fused_rnn.ops import ACC_DTYPE
-from fused_rnn.triton import block, matmul, tiles_gru, tiles_lstm, tiles_rnn
+from fused_rnn.triton import block, tiles_gru, tiles_lstm, tiles_rnn
 from fused_rnn.triton.arguments import (
     check,
-    check_tensor,
     layer_of,
     pad,
     padded,
@@ -19,15 +12,8 @@ from fused_rnn.triton.arguments import (
     weights_of,
     whole_stack,
 )
-from fused_rnn.triton.launch import (
-    TL_DTYPE,
-    Call,
-    device_model,
-    halves,
-    on,
-    operand,
-    precision_of,
-)
+from fused_rnn.triton.launch import TL_DTYPE, Call, halves, on, operand
+from fused_rnn.triton.matrix_product import matrix_product
 
 
 def _lstm(gates_x, w_hh, w_hr, h0, c0, flags, reverse, keep_cells, keep_gates):
@@ -282,83 +268,6 @@ def rnn_backward(dy, dh_n, w_hh, y, flags, reverse, relu):
         step = call.steps(tiles_rnn.rnn_backward_tiles, H, args, (H, padded(H)))
         call.scan(step, T + 1)
     return dgates, dh0
-
-
-def _operand_dtype(a: Tensor, b: Tensor) -> torch.dtype:
-    """What a and b are multiplied in: the 16-bit dtype of either, else their own; float32 where
-    they have two different ones of 16 bits."""
-    if a.dtype.itemsize == b.dtype.itemsize:
-        return a.dtype if a.dtype == b.dtype else torch.float32
-    return min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
-
-
-def _strides(x: Tensor) -> tuple[int, ...]:
-    """Strides, 0 along axes of one element, where they say nothing: kernels are compiled for what
-    strides are."""
-    return tuple(s if n > 1 else 0 for s, n in zip(x.stride(), x.shape, strict=True))
-
-
-def _reads_wide(x: Tensor) -> bool:
-    """Whether a kernel can read x 16 bytes at a time, by what Triton compiles for: one axis lies
-    without gaps, it and all other strides are multiples of 16."""
-    strides = _strides(x)
-    return (
-        any(s == 1 and n % 16 == 0 for s, n in zip(strides, x.shape, strict=True))
-        and all(s == 1 or s % 16 == 0 for s in strides)
-        and x.data_ptr() % 16 == 0
-    )
-
-
-def matrix_product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    """The waist's matmul."""
-    for name, tensor, axes in (("a", a, "[N, M, K]"), ("b", b, "[N, K, L]")):
-        check(tensor.dim() == 3, f"{name} must have shape {axes}, got {list(tensor.shape)}")
-        check(
-            tensor.dtype in ACC_DTYPE,
-            f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}",
-        )
-    N, M, K = a.shape
-    L = b.shape[2]
-    check_tensor("b", b, (N, K, L), "[N, K, L]", a.device)
-    acc = ACC_DTYPE[a.dtype]
-    check(ACC_DTYPE[b.dtype] == acc, "b must be float64 where a is, and only there")
-    if bias is not None:
-        check_tensor("bias", bias, (N, L), "[N, L]", a.device)
-        check(bias.dtype in ACC_DTYPE, f"bias must be a floating dtype, got {bias.dtype}")
-        check(ACC_DTYPE[bias.dtype] == acc, "bias must be float64 where a is, and only there")
-        bias = bias.contiguous()
-    device = device_model(a.device)
-    out = torch.empty((N, M, L), dtype=acc, device=a.device)
-    if out.numel() == 0:
-        return out
-    io = _operand_dtype(a, b)
-    precision = precision_of(device, a.device.type, io)
-    chunk = planning.matmul_chunk(K, L)
-    splits = max(1, triton.cdiv(K, chunk))
-    wide = L % 16 == 0 and _reads_wide(a) and _reads_wide(b)
-    along_k = a.stride(2) == 1 and b.stride(1) == 1
-    plan = planning.matmul_plan(device, N * M * splits, L, io, precision, wide, along_k)
-    blocks = (chunk if splits > 1 else K + plan.block_k - 1) // plan.block_k
-    parts = out if splits == 1 else out.new_empty((splits, *out.shape))
-    tiles = triton.cdiv(M, plan.block_m) * triton.cdiv(L, plan.block_l)
-    k_step = next(step for step in (plan.block_k, 16, 1) if K % step == 0)
-    sizes = (M, K, L, blocks, splits, 16 if M % 16 == 0 else 1, k_step)
-    constants = (
-        bias is not None,
-        TL_DTYPE[io],
-        plan.block_m,
-        plan.block_l,
-        plan.block_k,
-        precision,
-    )
-    options = planning.options(device, plan)
-    operands = (a, *_strides(a), b, *_strides(b), out if bias is None else bias, parts)
-    with on(a.device):
-        matmul.matmul_tiles[(tiles * N * splits,)](*operands, *sizes, *constants, **options)
-        if splits > 1:
-            grid = (triton.cdiv(out.numel(), 512),)
-            matmul.sum_parts[grid](parts, out, out.numel(), splits, 512)
-    return out
 
 
 IMPLEMENTATIONS = {
