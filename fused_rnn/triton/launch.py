@@ -78,10 +78,11 @@ class Steps:
 
     def __init__(self, kernel, grid, args: tuple, constants: tuple, step_at: int, options: dict):
         self.launcher, self.step_at = Launcher(kernel, grid, options), step_at
-        self.args = [*args, *constants]
-        self.stream = None if INTERPRETED else torch.cuda.current_stream().cuda_stream
+        self.args, self.stream = [*args, *constants], None
 
     def __call__(self, step: int) -> None:
+        if self.stream is None and not INTERPRETED:
+            self.stream = torch.cuda.current_stream().cuda_stream
         self.args[self.step_at] = step
         self.launcher(*self.args, stream=self.stream)
 
