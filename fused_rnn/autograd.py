@@ -95,11 +95,15 @@ def project(spec: LayerSpec, x: Tensor, w_ih: Tensor | None, bias: Tensor | None
     stack, width, _ = w_ih.shape
     batch_first = not x.is_contiguous() and x.transpose(0, 1).is_contiguous()
     x = x.transpose(0, 1) if batch_first else x
-    if stack > 1:
+    if stack != 1:
         w_ih = w_ih.reshape(1, stack * width, size)
         bias = None if bias is None else bias.reshape(1, stack * width)
     rows_of_x = x.reshape(1, x.shape[0] * x.shape[1], size)
-    gates_x = _operators(spec, x, w_ih)["matmul"](rows_of_x, w_ih.mT, bias)
+    if rows_of_x.stride()[1:] != (size, 1):
+        # Whether other layouts come out of reshape as views hangs on the number of rows, and on the
+        # layout the kernel does, and with it a row's bits.
+        rows_of_x = rows_of_x.contiguous()
+    gates_x = _operators(spec, rows_of_x, w_ih, bias)["matmul"](rows_of_x, w_ih.mT, bias)
     if batch_first:
         return gates_x.view(rows, steps, stack, width).transpose(0, 1)
     return gates_x.view(steps, rows, stack, width)
@@ -133,12 +137,12 @@ def unwatched() -> bool:
     )
 
 
-def _operators(spec: LayerSpec, *tensors: Tensor) -> dict:
-    """The operators of a layer's backend, past the dispatcher where nobody would know. (To be
-    called without gradients wanted, which its ways are.)"""
-    if all(type(t) in PLAIN for t in tensors) and unwatched():
-        return ops.direct(spec.backend)
-    return ops.family(spec.backend)
+def _operators(spec: LayerSpec, *tensors: Tensor | None) -> dict:
+    """The operators of a layer's backend for these tensors, past the dispatcher where nobody would
+    know and it would have nothing to do, as it has for negative views. (To be called where no
+    gradient is wanted.)"""
+    plain = all(t is None or (type(t) in PLAIN and not t.is_neg()) for t in tensors)
+    return ops.direct(spec.backend) if plain and unwatched() else ops.family(spec.backend)
 
 
 _cpu_layer_forward = torch.ops.fused_rnn.cpu_layer_forward.default
@@ -167,7 +171,7 @@ def forward_scan(
     """The forward scan alone, of whose ``inputs`` it takes what ``gates_x`` and ``b_hn`` do not
     hold; returns what ``forward`` does."""
     reverse, flags, w_hh, h0 = spec.reverse, inputs.flags, inputs.w_hh, inputs.h0
-    op = _operators(spec, gates_x, w_hh, h0)
+    op = _operators(spec, gates_x, b_hn, *inputs[2:])
     if spec.cell == "rnn":
         return op["rnn_forward"](gates_x, w_hh, h0, flags, reverse, spec.relu)
     if spec.cell == "lstm":
@@ -325,7 +329,7 @@ def backward_scan(
 ) -> ScanGradients:
     """The backward scan alone; arguments as ``backward``'s, with the tape's gates."""
     w_hh, flags = inputs.w_hh, inputs.flags
-    op = _operators(spec, tape[0], w_hh)
+    op = _operators(spec, *grads, *inputs, *tape)
     if spec.cell == "lstm":
         dgates, dh0, dc0, dh = op["lstm_backward"](
             *grads, w_hh, inputs.w_hr, inputs.c0, *tape[1:], flags, spec.reverse
@@ -353,7 +357,7 @@ def layer_gradients(
     of which the GRU's reset-before variant and the projection need the gates."""
     flags, size = inputs.flags, inputs.w_hh.shape[2]
     dgates, dgates_hn, dh0, dc0, dh = found
-    op = _operators(spec, dgates, inputs.x, inputs.w_hh)
+    op = _operators(spec, *found, *inputs, h_prev, *tape)
     gates = tape[-1]
 
     def over_steps(left: Tensor, right: Tensor) -> Tensor:

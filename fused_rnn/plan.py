@@ -416,7 +416,13 @@ def cudnn_step_us(device: Device, shape: Shape) -> float:
     """
     plain = not shape.proj and shape.reset_after
     if plain and shape.H <= 128 and shape.dtype in CUDNN_SMALL:
-        return CUDNN_SMALL[shape.dtype] * shape.S / CUDNN_CAUTION
+        elements = shape.S * shape.B * shape.H
+        memory = elements * (2 * shape.gates + 2) * shape.itemsize / device.memory * 1e-3
+        rate = device.mma16 if shape.itemsize == 2 else device.fma
+        work = (
+            elements * shape.gates * shape.H / (device.multiprocessors * device.clock * 1e3 * rate)
+        )
+        return max(CUDNN_SMALL[shape.dtype] * shape.S, memory, work) / CUDNN_CAUTION
     persistent = (
         *(plain, shape.cell == "lstm", shape.dtype == torch.float16, shape.S == 1),
         *(shape.H % 128 == 0, shape.H <= 1024, shape.B % 8 == 0, shape.B <= 128),

@@ -132,3 +132,29 @@ def test_one_bias_alone(name, which):
     torch.testing.assert_close(found, expected)
     with torch.no_grad():
         assert torch.equal(layer(x, None, w_ih, w_hh, **{which: bias})[0], both)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_inputs_in_any_layout(cell, backend, device):
+    """Features that lie across, rows cut from wider ones, negative views: the bits of contiguous
+    ones, forward and backward."""
+    torch.manual_seed(0)
+    gates = fused_rnn.ops.GATES[cell]
+    w_ih, w_hh = torch.randn(gates * 4, 5, device=device), torch.randn(gates * 4, 4, device=device)
+    layouts = {
+        "features across": torch.randn(2, 5, 3, device=device).permute(2, 0, 1),
+        "steps last": torch.randn(5, 3, 2, device=device).permute(1, 2, 0),
+        "cut": torch.randn(3, 2, 8, device=device)[..., 2:7],
+        "negative": torch.randn(3, 2, 5, dtype=torch.complex64, device=device).conj().imag,
+    }
+    for name, x in layouts.items():
+        found = []
+        for each in (x, x.resolve_neg().contiguous()):
+            leaf, w = each.detach().requires_grad_(), w_ih.clone().requires_grad_()
+            y = getattr(fused_rnn, cell)(leaf, None, w, w_hh, backend=backend)[0]
+            found.append((y, *torch.autograd.grad(y.sum(), (leaf, w))))
+        for ours, plain in zip(*found, strict=True):
+            if backend == "reference":
+                torch.testing.assert_close(ours, plain)
+            else:
+                assert torch.equal(ours, plain), name
