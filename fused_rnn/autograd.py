@@ -141,8 +141,9 @@ def _operators(spec: LayerSpec, *tensors: Tensor | None) -> dict:
     """The operators of a layer's backend for these tensors, past the dispatcher where nobody would
     know and it would have nothing to do, as it has for negative views. (To be called where no
     gradient is wanted.)"""
-    plain = all(t is None or (type(t) in PLAIN and not t.is_neg()) for t in tensors)
-    return ops.direct(spec.backend) if plain and unwatched() else ops.family(spec.backend)
+    if unwatched() and all(t is None or (type(t) in PLAIN and not t.is_neg()) for t in tensors):
+        return ops.direct(spec.backend)
+    return ops.family(spec.backend)
 
 
 _cpu_layer_forward = torch.ops.fused_rnn.cpu_layer_forward.default

@@ -102,9 +102,10 @@ class _FusedRNNBase(torch.nn.RNNBase):
         reverse = (False, True)[:directions]
         if hx is None:
             zeros = (x.new_zeros((directions, x.shape[1], self.proj_size or self.hidden_size)),)
-            if self._cell == "lstm":  # nothing writes to them, so one may be both
+            if self._cell == "lstm":  # nothing writes to them, so one may be both; not for Dynamo
+                same = not self.proj_size and not torch.compiler.is_compiling()
                 c0 = (directions, x.shape[1], self.hidden_size)
-                zeros = (*zeros, x.new_zeros(c0) if self.proj_size else zeros[0])
+                zeros = (*zeros, zeros[0] if same else x.new_zeros(c0))
         if self.num_layers > 1 and directions == 1 and self.tape == "keep":
             plain = flags is None and packing is None and not return_cells and not self.proj_size
             sizes = (self.num_layers, self.hidden_size)

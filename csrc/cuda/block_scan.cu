@@ -26,7 +26,7 @@ constexpr Sizes sizes_of(Cell cell, Product product, bool backward) {
       if (product == Product::kTf32x3) {
         return backward ? Sizes{{{64, 2}, {112, 2}}, 2} : Sizes{{{64, 4}, {128, 4}}, 2};
       }
-      if (wide) return {{{64, 8}, {128, backward ? 6 : 8}}, 2};
+      if (wide) return {{{64, backward ? 7 : 8}, {128, backward ? 6 : 8}}, 2};
       return backward ? Sizes{{{64, 4}, {128, product == Product::kF16 ? 6 : 7}, {176, 2}}, 3}
                       : Sizes{{{64, 4}, {128, 8}, {192, 3}}, 3};
     case Cell::kGru:

@@ -378,8 +378,6 @@ grid_forward(FUSED_RNN_PARAMS GridParams<typename Lane::Call> params) {
         FUSED_RNN_UNROLL
         for (int i = 0; i < kSlots; ++i) block.put(step + 1, group, 0, i, cut ? 0.0f : lane.h[i]);
         block.publish(step + 1, group);
-      } else {
-        barrier();
       }
       lane.write(p, place, t, live);
       FUSED_RNN_UNROLL

@@ -108,7 +108,7 @@ def _sizes(cell: str, product: str, backward: bool) -> tuple[tuple[int, int], ..
     if cell == "lstm":
         if product == "tf32x3":
             return ((64, 2), (112, 2)) if backward else ((64, 4), (128, 4))
-        return ((64, 8), (128, 6 if backward else 8))
+        return ((64, 7), (128, 6)) if backward else ((64, 8), (128, 8))
     if cell == "gru":
         return ((64, 6), (128, 7)) if backward else ((64, 8), (128, 8))
     return ((64, 8), (192, 20))
