@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_rnn import ops, reference
+from fused_rnn import observers, ops, reference
 from fused_rnn.ops import CELLS
 from fused_rnn.reference import ENDED, RESET
 
@@ -60,22 +60,15 @@ def fold_bias(spec: LayerSpec, b_ih: Tensor | None, b_hh: Tensor | None, hidden:
     dtype, and b_hn [S, H] (GRU)."""
     if b_hh is None:
         return b_ih, None
-    b_hn = None
-    if spec.cell == "gru" and spec.reset_after:
-        b_hn = b_hh[:, 2 * hidden :]
-        if b_ih is not None:
-            summed, _ = fold_bias(
-                spec._replace(reset_after=False),
-                b_ih[:, : 2 * hidden],
-                b_hh[:, : 2 * hidden],
-                hidden,
-            )
-            return torch.cat((summed, b_ih[:, 2 * hidden :].to(summed.dtype)), 1), b_hn
-        b_hh = torch.nn.functional.pad(b_hh[:, : 2 * hidden], (0, hidden))
-    if b_ih is None:
-        return b_hh, b_hn
     acc = ops.ACC_DTYPE[b_hh.dtype]
-    return (b_ih if acc == b_ih.dtype else b_ih.to(acc)) + b_hh, b_hn  # the sum is of acc
+    if b_ih is not None and b_ih.dtype != acc:
+        b_ih = b_ih.to(acc)
+    if spec.cell != "gru" or not spec.reset_after:
+        return (b_hh if b_ih is None else b_ih + b_hh), None
+    b_rz, b_hn = b_hh[:, : 2 * hidden], b_hh[:, 2 * hidden :]
+    if b_ih is None:
+        return torch.nn.functional.pad(b_rz, (0, hidden)), b_hn
+    return torch.cat((b_ih[:, : 2 * hidden] + b_rz, b_ih[:, 2 * hidden :]), 1), b_hn
 
 
 def _without_padding(x: Tensor, flags: Tensor | None) -> Tensor:
@@ -125,23 +118,13 @@ def forward(spec: LayerSpec, inputs: LayerInputs, training: bool) -> tuple[Tenso
     return forward_scan(spec, gates_x, b_hn, inputs, training)
 
 
-PLAIN = (Tensor, torch.nn.Parameter)  # not their subclasses, which may see every operator
-
-
-def unwatched() -> bool:
-    """Whether no transform, mode or compiler looks at operators."""
-    return (
-        not torch.compiler.is_compiling()
-        and not transformed()
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
-
-
 def _operators(spec: LayerSpec, *tensors: Tensor | None) -> dict:
     """The operators of a layer's backend for these tensors, past the dispatcher where nobody would
     know and it would have nothing to do, as it has for negative views. (To be called where no
     gradient is wanted.)"""
-    if unwatched() and all(t is None or (type(t) in PLAIN and not t.is_neg()) for t in tensors):
+    if observers.unwatched() and all(
+        t is None or (type(t) in observers.PLAIN and not t.is_neg()) for t in tensors
+    ):
         return ops.direct(spec.backend)
     return ops.family(spec.backend)
 
@@ -162,7 +145,7 @@ def _is_whole(spec: LayerSpec, inputs: LayerInputs) -> bool:
         and (spec.keep_gates or spec.cell == "rnn")
         and (inputs.b_ih is None) == (inputs.b_hh is None)
         and inputs.h0.dtype == inputs.w_hh.dtype
-        and unwatched()
+        and observers.unwatched()
     )
 
 
@@ -528,7 +511,7 @@ class Scan(torch.autograd.Function):
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             results = backward(spec, wanted, grads, LayerInputs(*inputs), tape)
             return (None, *results)
-        function = ForwardModeScanBackward if forward_mode() else ScanBackward
+        function = ForwardModeScanBackward if observers.forward_mode() else ScanBackward
         found = iter(function.apply(spec, wanted, *grads, *inputs, *tape))
         return (None, *(next(found) if needed else None for needed in wanted), None)
 
@@ -548,9 +531,9 @@ class EagerScan(torch.autograd.Function):
 
 def scan_function():
     """The Function by which a layer is to be called now."""
-    if forward_mode():
+    if observers.forward_mode():
         return ForwardModeScan
-    return Scan if torch.compiler.is_compiling() or transformed() else EagerScan
+    return Scan if torch.compiler.is_compiling() or observers.transformed() else EagerScan
 
 
 class LibraryLayer(torch.autograd.Function):
@@ -611,13 +594,3 @@ class ForwardModeScan(Scan):
     def jvp(ctx, _spec, *tangents):
         found = _jvp(_run_forward(ctx.spec), ctx.saved_tensors, tangents)
         return found if ctx.spec.cell == "rnn" else (*found, None)
-
-
-def transformed() -> bool:
-    """Whether a torch.func transform or a forward-mode derivative is under way."""
-    return forward_mode() or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def forward_mode() -> bool:
-    """Whether a forward-mode derivative is being taken."""
-    return torch.autograd.forward_ad._current_level >= 0

@@ -6,7 +6,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from fused_rnn import autograd, backends
+from fused_rnn import autograd, backends, observers
 from fused_rnn.autograd import LayerInputs, LayerSpec
 from fused_rnn.ops import ACC_DTYPE, GATES
 from fused_rnn.reference import ENDED, RESET
@@ -108,7 +108,7 @@ def cast_inputs(inputs: LayerInputs, low: torch.dtype, wide: bool) -> LayerInput
 
 
 def needs_gradient(inputs: LayerInputs) -> bool:
-    if autograd.forward_mode():
+    if observers.forward_mode():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
@@ -175,7 +175,7 @@ def run_layer(
 
 def _sizes(inputs: LayerInputs):
     """device_index, rows, hidden and proj of a backends.Request, for a GPU's choice."""
-    if inputs.x.device.type != "cuda" or torch.compiler.is_compiling() or autograd.transformed():
+    if inputs.x.device.type != "cuda" or torch.compiler.is_compiling() or observers.transformed():
         return ()  # ours is one graph, and takes transforms, where torch.nn's path is and does not
     proj = 0 if inputs.w_hr is None else inputs.w_hr.shape[1]
     hidden = inputs.w_hh.shape[2] if inputs.w_hr is None else inputs.w_hr.shape[2]
@@ -215,7 +215,7 @@ def _run_layer(
     spec = LayerSpec(cell, name, reverse, reset_after, relu, keep, ragged)
     if name == "torch":
         asked = (backend or backends.current_backend()) == name
-        plain = asked or torch.compiler.is_compiling() or autograd.transformed()
+        plain = asked or torch.compiler.is_compiling() or observers.transformed()
         if plain or not needs_gradient(inputs):
             return _torch_layer(cell, inputs, len(reverse), relu)
 

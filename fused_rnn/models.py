@@ -5,7 +5,7 @@ layer, which takes everything."""
 import torch
 from torch import Tensor
 
-from fused_rnn import autograd, backends, wavefront
+from fused_rnn import backends, observers, wavefront
 from fused_rnn.autograd import LayerInputs, LayerSpec
 from fused_rnn.functional import cast_inputs, needs_gradient, same_device, same_dtype
 from fused_rnn.ops import ACC_DTYPE, CELLS
@@ -21,7 +21,7 @@ def may_infer(x: Tensor) -> bool:
         and backends.current_backend() in (backends.AUTO, "cpu")
         and not backends.extension_missing()
         and not torch.is_autocast_enabled("cpu")
-        and autograd.unwatched()
+        and observers.unwatched()
     )
 
 
@@ -32,7 +32,7 @@ def infer(cell: str, x: Tensor, hx, weights: list[Tensor], flags, bias, projecte
     dtype = x.dtype
     for tensors in (weights, hx or ()):
         for t in tensors:
-            if type(t) not in autograd.PLAIN or t.dtype is not dtype or not t.is_cpu:
+            if type(t) not in observers.PLAIN or t.dtype is not dtype or not t.is_cpu:
                 return None
     h0, c0 = (None, None) if hx is None else hx if len(hx) == 2 else (hx[0], None)
     y, h_n, c_n = _cpu_layers(
@@ -53,7 +53,7 @@ def wave_chunk(cell: str, x: Tensor, layers: int, hidden: int) -> int | None:
         # The CUDA backend, emulated. (On a CPU, what autocast casts differs with the cell.)
         if kind != "cpu" or backends.current_backend() != "cuda" or torch.is_autocast_enabled(kind):
             return None
-    if torch.compiler.is_compiling() or autograd.transformed():
+    if torch.compiler.is_compiling() or observers.transformed():
         return None
     steps, rows = x.shape[:2]
     if type(steps) is not int or type(rows) is not int or not rows or not hidden:
