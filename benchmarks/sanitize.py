@@ -19,9 +19,10 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.kernels import cuda_model
 from benchmarks.progress import Progress
 from fused_rnn import plan, reference
-from fused_rnn.cuda import library, planning
+from fused_rnn.cuda import planning
 from fused_rnn.ops import ACC_DTYPE, GATES
 
 REVERSE = (False, True)
@@ -228,13 +229,9 @@ def main(arguments=None):
     if unknown := set(kernels) - {"block", "grid", "step"}:
         print(f"error: no kernels {', '.join(sorted(unknown))}", file=sys.stderr)
         return 2
-    reason = library.why_unavailable()
-    if reason is None and library.is_emulated() != (options.device == "cpu"):
-        reason = f"the library is {'' if library.is_emulated() else 'not '}an emulated one"
-    if reason:
-        print(f"error: --device {options.device}: {reason}", file=sys.stderr)
+    device = cuda_model(options.device)
+    if device is None:
         return 2
-    device = plan.device_of(0) if options.device == "cuda" else plan.DEVICES["H200"]
     todo = list(scans([int(n) for n in options.H.split(",")], kernels, device))
     progress, wrong = Progress(len(todo)), 0
     for scan in todo:

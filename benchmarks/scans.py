@@ -19,10 +19,11 @@ from dataclasses import replace
 import torch
 
 from benchmarks import machine
+from benchmarks.kernels import cuda_model
 from benchmarks.stats import median
 from benchmarks.timing import clock_for
 from fused_rnn import plan
-from fused_rnn.cuda import library, planning
+from fused_rnn.cuda import planning
 from fused_rnn.ops import ACC_DTYPE, GATES
 
 STEPS, REPEATS = 256, 5
@@ -111,13 +112,7 @@ def kernels(device: plan.Device, shape: plan.Shape):
     plans = [planning.Step()]
     if planning.block_plan(device, shape) is not None:
         plans += [planning.block_kernel(shape, rows) for rows in (4, 8)]
-    most = planning.blocks_together(device)
-    for rows, units in itertools.product(planning.TILE_ROWS, (planning.UNITS, 2 * planning.UNITS)):
-        found = planning.grid_kernel(shape, rows, units)
-        if found is None or rows >= shape.B + planning.GROUP:
-            continue
-        if found.shared <= device.shared and found.slices <= most:
-            plans.append(found)
+    plans += planning.grid_kernels(device, shape)
     for found in plans:
         name = planning.KERNELS[found.kernel] + (f" {found.rows}" if found.rows else "")
         predicted = planning.predict(device, shape, found).total
@@ -141,13 +136,9 @@ def main(arguments=None):
     add("--limit", type=float, metavar="S", help="begin no further shape after so many seconds")
     add("--json", metavar="FILE", help="write rows and versions there")
     options = parser.parse_args(arguments)
-    reason = library.why_unavailable()
-    if reason is None and library.is_emulated() != (options.device == "cpu"):
-        reason = f"the library is {'' if library.is_emulated() else 'not '}an emulated one"
-    if reason:
-        print(f"error: --device {options.device}: {reason}", file=sys.stderr)
+    device = cuda_model(options.device)
+    if device is None:
         return 2
-    device = plan.DEVICES["H200"] if options.device == "cpu" else plan.device_of(0)
     shapes, steps, repeats = SHAPES, STEPS, REPEATS
     if options.quick:
         shapes, steps, repeats = ((1, 3, 20),), 2, 1

@@ -14,7 +14,7 @@ from fused_rnn import plan
 from fused_rnn.cuda import library as cuda_library
 from fused_rnn.cuda import planning as cuda_planning
 from fused_rnn.ops import ACC_DTYPE
-from fused_rnn.precision import current_fp32_precision, torch_fp32_precision
+from fused_rnn.precision import current_fp32_precision, precision_of, torch_fp32_precision
 
 REMEDY = (
     "build it with a C++ compiler: `pip install --no-build-isolation .` in the source tree,"
@@ -184,9 +184,7 @@ def _triton_yields(request: Request) -> str | None:
 def _planned(request: Request) -> tuple[plan.Device, plan.Shape]:
     """The device and shape of a request on a GPU, as the planner sees them."""
     device = plan.device_of(request.device_index or 0)
-    precision = "ieee"
-    if request.dtype == torch.float32 and device.has_tf32:
-        precision = current_fp32_precision()
+    precision = precision_of(device, "cuda", request.dtype)
     rows = plan.TYPICAL_ROWS if request.rows is None else request.rows
     return device, plan.Shape(
         *(request.cell, len(request.reverse), rows, request.hidden, request.dtype, request.proj),

@@ -6,6 +6,7 @@ docs/performance.md has its predictions beside what has been measured. Nothing h
 or touches a GPU, so all of it is tested anywhere.
 """
 
+import contextlib
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -88,6 +89,16 @@ def device_of(index: int) -> Device:
         multiprocessors=has.multi_processor_count,
         shared=getattr(has, "shared_memory_per_block_optin", like.shared),
     )
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def on(device: torch.device):
+    """The context in which kernels go to a tensor's device."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(device)
 
 
 @dataclass(frozen=True)
@@ -285,14 +296,14 @@ LAUNCH_US = 10.0
 KERNEL_US = 1.0
 
 
-def arithmetic_cycles(shape: Shape, elements: int, exponential: float) -> float:
-    """Clocks of a multiprocessor for the gates of so many units and rows, ``exponential``
-    instructions each exponential."""
+def arithmetic_cycles(shape: Shape, elements: int) -> float:
+    """Clocks of a multiprocessor for the gates of so many units and rows."""
     count = EXPONENTIALS[shape.cell]
     if shape.backward:
         count = 1 if shape.cell == "lstm" else 0
     values = 3 * shape.gates + 3 if shape.backward else 2 * shape.gates + 3
-    return elements * (count * exponential + values * VALUE_INSTRUCTIONS) / 128
+    instructions = count * EXPONENTIAL_INSTRUCTIONS + values * VALUE_INSTRUCTIONS
+    return elements * instructions / 128
 
 
 def rate_of(device: Device, shape: Shape) -> float:
@@ -327,7 +338,7 @@ def predict(device: Device, shape: Shape, plan: BlockPlan | TilePlan) -> Predict
             work / rate * waves * us_per_cycle,
             0.0,
             sequences,
-            arithmetic_cycles(shape, elements, EXPONENTIAL_INSTRUCTIONS) * us_per_cycle,
+            arithmetic_cycles(shape, elements) * us_per_cycle,
             latency * us_per_cycle,
             0.0,
             measured(shape, plan.kind),
@@ -348,7 +359,7 @@ def predict(device: Device, shape: Shape, plan: BlockPlan | TilePlan) -> Predict
             work * blocks / rate * waves * us_per_cycle,
             weights,
             sequences,
-            arithmetic_cycles(shape, elements, EXPONENTIAL_INSTRUCTIONS) * us_per_cycle,
+            arithmetic_cycles(shape, elements) * us_per_cycle,
             total,
             0.0,
             measured(shape, plan.kind),
@@ -361,7 +372,7 @@ def predict(device: Device, shape: Shape, plan: BlockPlan | TilePlan) -> Predict
         work / rate * waves * us_per_cycle,
         weights,
         sequences,
-        arithmetic_cycles(shape, elements, EXPONENTIAL_INSTRUCTIONS) * us_per_cycle,
+        arithmetic_cycles(shape, elements) * us_per_cycle,
         latency * us_per_cycle + KERNEL_US * phases,
         LAUNCH_US * phases,
         measured(shape, plan.kind),

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from fused_rnn.plan import PRECISIONS
+from fused_rnn.plan import PRECISIONS, Device
 
 
 def _known(value: str | None, source: str) -> str | None:
@@ -56,3 +56,10 @@ def current_fp32_precision(device: str = "cuda") -> str:
     if _selected is not None:
         return _selected
     return "ieee" if device == "cpu" else torch_fp32_precision()
+
+
+def precision_of(device: Device, kind: str, dtype: torch.dtype) -> str:
+    """How a scan's products of a dtype are taken on a device; ``kind``: cuda or cpu."""
+    if dtype == torch.float32 and device.has_tf32:
+        return current_fp32_precision(kind)
+    return "ieee"

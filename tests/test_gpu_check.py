@@ -14,6 +14,7 @@ import torch
 from conftest import UNDER_TEST, group_of
 
 import fused_rnn
+from fused_rnn.cuda import library
 from fused_rnn.plan import DEVICES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -288,16 +289,6 @@ def test_scans_times_every_kernel(cuda_device, tmp_path, capsys):
     assert "note: 4 of 4 are left out: 0 s are over\n" in capsys.readouterr().out
 
 
-def test_scans_wants_a_library_for_its_device(capsys, monkeypatch):
-    monkeypatch.setattr(scans.library, "why_unavailable", lambda: "it is not there")
-    assert scans.main([]) == 2
-    assert capsys.readouterr().err == "error: --device cuda: it is not there\n"
-    monkeypatch.setattr(scans.library, "why_unavailable", lambda: None)
-    monkeypatch.setattr(scans.library, "is_emulated", lambda: True)
-    assert scans.main([]) == 2
-    assert "the library is an emulated one" in capsys.readouterr().err
-
-
 def test_sanitize_has_block_scans_of_every_size():
     """For a GPU with shared memory for all of them: whatever fits, both ways, is run."""
     scans = list(sanitize.scans(sanitize.HIDDEN, ["block"], DEVICES["H200"]))
@@ -325,14 +316,18 @@ def test_sanitize_sees_a_wrong_result(cuda_device, monkeypatch, capsys):
     assert "24 wrong results" in out and "FAULT step lstm H4 float64: dh0 is off by nan" in err
 
 
-def test_sanitize_wants_a_library_for_its_device(capsys, monkeypatch):
-    monkeypatch.setattr(sanitize.library, "why_unavailable", lambda: "it is not there")
-    assert sanitize.main([]) == 2
+@pytest.mark.parametrize("program", [scans, sanitize])
+def test_wants_a_library_for_its_device(program, capsys, monkeypatch):
+    monkeypatch.setattr(library, "why_unavailable", lambda: "it is not there")
+    assert program.main([]) == 2
     assert capsys.readouterr().err == "error: --device cuda: it is not there\n"
-    monkeypatch.setattr(sanitize.library, "why_unavailable", lambda: None)
-    monkeypatch.setattr(sanitize.library, "is_emulated", lambda: True)
-    assert sanitize.main([]) == 2
+    monkeypatch.setattr(library, "why_unavailable", lambda: None)
+    monkeypatch.setattr(library, "is_emulated", lambda: True)
+    assert program.main([]) == 2
     assert "the library is an emulated one" in capsys.readouterr().err
+
+
+def test_sanitize_wants_kernels_that_there_are(capsys):
     assert sanitize.main(["--kernels", "block,blocks"]) == 2
     assert capsys.readouterr().err == "error: no kernels blocks\n"
 

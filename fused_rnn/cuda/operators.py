@@ -15,7 +15,7 @@ from fused_rnn import plan as devices
 from fused_rnn.cuda import library, planning
 from fused_rnn.ops import ACC_DTYPE, GATES
 from fused_rnn.plan import PRECISIONS, Shape
-from fused_rnn.precision import current_fp32_precision
+from fused_rnn.precision import precision_of
 
 # The model that plans emulated runs on the CPU; so many blocks the emulated library lets wait for
 # one another.
@@ -72,7 +72,7 @@ def _settled(model: devices.Device, shape: Shape, device: torch.device):
             *(planning.CELLS.index(shape.cell), product, shape.H),
             *(found.kernel, found.rows, shape.backward),
         )
-        with torch.cuda.device(device) if device.type == "cuda" else _NOTHING:
+        with devices.on(device):
             together = library.grid_resident(device.index, *scan)
         if together >= planning.blocks_together(model):
             break
@@ -92,7 +92,7 @@ def wave_chunk(
 ) -> int | None:
     """Steps of a chunk where layers are predicted to be faster as a wave; None elsewhere."""
     model = device_model(device)
-    precision = _precision(model, device, dtype)
+    precision = precision_of(model, device.type, dtype)
     shape = Shape(cell, 1, rows, hidden, dtype, precision=precision)
     return _wave_chunk(model, device, shape, layers, steps)
 
@@ -106,33 +106,20 @@ def _wave_chunk(model, device, shape: Shape, layers: int, steps: int) -> int | N
     return planning.wave_chunk(model, shape, layers, steps)
 
 
-def _precision(model: devices.Device, device: torch.device, dtype: torch.dtype) -> str:
-    if dtype == torch.float32 and model.has_tf32:
-        return current_fp32_precision(device.type)
-    return "ieee"
-
-
 def _run(name: str, w_hh: Tensor, sequence: Tensor, *args, proj=0, reset_after=True):
     """One of the library's operators, with the kernel its shape gets."""
     device, dtype = w_hh.device, w_hh.dtype
-    precision = "ieee"
-    if dtype is torch.float32 and device_model(device).has_tf32:
-        precision = current_fp32_precision(device.type)
+    precision = precision_of(device_model(device), device.type, dtype)
     sizes = None
     if w_hh.dim() == 3 and sequence.dim() == 4:  # else the operator says what is wrong
         S, width, _ = w_hh.shape
         sizes = S, sequence.shape[1], width, dtype, proj, reset_after, precision
     state = planning.choose, library.why_unavailable(), library.grids_lost()
     kernel = _kernel(name, device, sizes, state)
-    on, stream = _NOTHING, 0
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        if index != torch.cuda.current_device():
-            on = torch.cuda.device(index)
-        stream = torch.cuda.current_stream(index).cuda_stream
+    stream = torch.cuda.current_stream(device.index).cuda_stream if device.type == "cuda" else 0
     choice = (kernel.kernel, kernel.rows, PRECISIONS.index(precision), stream)
     products = _no_less_than(precision, device) if kernel.kind == "step" else _NOTHING
-    with torch.no_grad(), on, products:
+    with torch.no_grad(), devices.on(device), products:
         try:
             return _operator(name)(*args, *choice)
         except RuntimeError:

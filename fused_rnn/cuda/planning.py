@@ -14,7 +14,6 @@ import torch
 from fused_rnn.ops import CELLS as CELLS  # in the order in which params.h numbers them
 from fused_rnn.plan import (
     EXCHANGE_CYCLES,
-    EXPONENTIAL_INSTRUCTIONS,
     EXPONENTIALS,
     KERNEL_US,
     L2_CYCLES,
@@ -215,16 +214,23 @@ def grid_kernel(shape: Shape, rows: int, units: int = UNITS) -> Grid | None:
 def grid_plan(device: Device, shape: Shape) -> Grid | None:
     """The grid scan of a shape with the rows and units that are predicted to be fastest, where its
     blocks fit the device, one a multiprocessor."""
+    fitting = grid_kernels(device, shape)
+    return min(fitting, key=lambda plan: predict(device, shape, plan).total, default=None)
+
+
+def grid_kernels(device: Device, shape: Shape) -> list[Grid]:
+    """The grid scans of a shape, without those of more rows than a smaller one needs, whose blocks
+    fit the device."""
+    fitting: list[Grid] = []
     if device.backend != "cuda" or int(device.arch) < 80:
-        return None
-    fitting = []
+        return fitting
     for rows, units in itertools.product(TILE_ROWS, (UNITS, 2 * UNITS)):
         found = grid_kernel(shape, rows, units)
         if found is None or (fitting and rows >= shape.B + GROUP):
             continue
         if found.shared <= device.shared and found.slices <= blocks_together(device):
             fitting.append(found)
-    return min(fitting, key=lambda plan: predict(device, shape, plan).total, default=None)
+    return fitting
 
 
 TILE_ROWS = (8, 16, 32, 48, 64, 80, 96, 112, 128)
@@ -344,7 +350,7 @@ def predict(device: Device, shape: Shape, plan: Block | Grid | Step) -> Predicti
             plan,
             gates * shape.H * out * rows / (share * device.fma / (wide / 4)),
             gates * shape.H * out * wide * shape.S / device.l2 * 1e-3,
-            arithmetic_cycles(shape, rows * shape.H, EXPONENTIAL_INSTRUCTIONS) / share,
+            arithmetic_cycles(shape, rows * shape.H) / share,
             2 * sequences,
             2 * phases * (KERNEL_US + L2_CYCLES * us_per_cycle),
             2 * phases * LAUNCH_US,

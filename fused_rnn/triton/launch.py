@@ -1,7 +1,5 @@
 """Launching: which kernel and tiles a call gets, one launch or one a step, on which device."""
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
@@ -9,7 +7,7 @@ from torch import Tensor
 
 from fused_rnn import plan as planning
 from fused_rnn.plan import Shape
-from fused_rnn.precision import current_fp32_precision
+from fused_rnn.precision import precision_of
 from fused_rnn.triton import primitives
 from fused_rnn.triton.arguments import Layer, check, padded
 
@@ -35,23 +33,6 @@ def device_model(device: torch.device) -> planning.Device:
         " TRITON_INTERPRET=1 before fused_rnn is first used, which runs it slowly on a CPU",
     )
     return _INTERPRETED_DEVICE
-
-
-def precision_of(device: planning.Device, kind: str, dtype: torch.dtype) -> str:
-    if dtype != torch.float32:
-        return "ieee"
-    wanted = current_fp32_precision(kind)
-    return wanted if device.has_tf32 else "ieee"
-
-
-_NOTHING = contextlib.nullcontext()
-
-
-def on(device: torch.device):
-    """The context in which kernels go to a tensor's device."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return _NOTHING
-    return torch.cuda.device(device)
 
 
 class Launcher:

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from fused_rnn import plan as planning
 from fused_rnn.ops import ACC_DTYPE
+from fused_rnn.plan import on
+from fused_rnn.precision import precision_of
 from fused_rnn.triton import matmul
 from fused_rnn.triton.arguments import check
-from fused_rnn.triton.launch import TL_DTYPE, Launcher, device_model, on, precision_of
+from fused_rnn.triton.launch import TL_DTYPE, Launcher, device_model
 
 
 class Kind(NamedTuple):

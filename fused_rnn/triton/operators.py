@@ -1,5 +1,6 @@
 """The operators ``fused_rnn::triton_*``: schemas fused_rnn/ops.py's, meanings docs/design.md's."""
 
+from fused_rnn.plan import on
 from fused_rnn.triton import block, tiles_gru, tiles_lstm, tiles_rnn
 from fused_rnn.triton.arguments import (
     check,
@@ -12,7 +13,7 @@ from fused_rnn.triton.arguments import (
     weights_of,
     whole_stack,
 )
-from fused_rnn.triton.launch import TL_DTYPE, Call, halves, on, operand
+from fused_rnn.triton.launch import TL_DTYPE, Call, halves, operand
 from fused_rnn.triton.matrix_product import matrix_product
 
 
