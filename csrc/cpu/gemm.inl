@@ -31,12 +31,34 @@ FN int64_t padded_row(int64_t width) {
   return ((width + kLine - 1) / kLine | 1) * kLine;
 }
 
+// Memory that a tile asks for while it multiplies, the slice of the panel used next: weights beyond
+// the second-level cache come at the pace of the products only if they are asked for during all of
+// them. Every step along k asks for a line of each half.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t half = 0, step = 0;  // bytes
+
+  FN Ahead() = default;
+  // The share of one of `tiles` tiles of `deep` steps in `bytes` from `slice` on.
+  FN Ahead(const void* slice, int64_t bytes, int64_t tiles, int64_t tile, int64_t deep) {
+    half = bytes / 2, step = half / (tiles * deep);
+    if (step > 64) step = 64;
+    at = static_cast<const char*>(slice) + half * tile / tiles;
+  }
+  FN void next() {
+    __builtin_prefetch(at, 0, 3);
+    __builtin_prefetch(at + half, 0, 3);
+    at += step;
+  }
+};
+
 // tile[m][v * kWidth + lane] (+)= sum over k of a[m * row + k * column] * panel[k][v][lane].
 template <class T, int kRows, int kVectors>
 __attribute__((noinline)) void tile_product(const T* a, int64_t row, int64_t column, const T* panel,
-                                            int64_t k, T* tile, bool add) {
+                                            int64_t k, T* tile, bool add, Ahead ahead) {
   using V = Vec<T>;
   constexpr int kWidth = V::kWidth;
+  constexpr bool kAsks = kRows >= 4;  // with fewer, loads take as long as products
   do {
     const int64_t block = k < kBlockK ? k : kBlockK;
     V sum[kRows][kVectors];
@@ -55,6 +77,7 @@ __attribute__((noinline)) void tile_product(const T* a, int64_t row, int64_t col
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) sum[m][v] = fma(x, w[v], sum[m][v]);
       }
+      if constexpr (kAsks) ahead.next();
       a += column;
       panel += kVectors * kWidth;
     }
@@ -73,12 +96,12 @@ __attribute__((noinline)) void tile_product(const T* a, int64_t row, int64_t col
 
 template <class T, int kVectors, int kRows = kTileRows[kVectors]>
 FN void tile_product_rows(int rows, const T* a, int64_t row, int64_t column, const T* panel,
-                          int64_t k, T* tile, bool add) {
+                          int64_t k, T* tile, bool add, const Ahead& ahead) {
   if constexpr (kRows > 0) {
     if (rows == kRows) {
-      return tile_product<T, kRows, kVectors>(a, row, column, panel, k, tile, add);
+      return tile_product<T, kRows, kVectors>(a, row, column, panel, k, tile, add, ahead);
     }
-    tile_product_rows<T, kVectors, kRows - 1>(rows, a, row, column, panel, k, tile, add);
+    tile_product_rows<T, kVectors, kRows - 1>(rows, a, row, column, panel, k, tile, add, ahead);
   }
 }
 
@@ -86,16 +109,16 @@ FN void tile_product_rows(int rows, const T* a, int64_t row, int64_t column, con
 template <class T>
 __attribute__((noinline)) void tile_product(int rows, int vectors, const T* a, int64_t row,
                                             int64_t column, const T* panel, int64_t k, T* tile,
-                                            bool add) {
+                                            bool add, const Ahead& ahead) {
   switch (vectors) {
     case 4:
-      return tile_product_rows<T, 4>(rows, a, row, column, panel, k, tile, add);
+      return tile_product_rows<T, 4>(rows, a, row, column, panel, k, tile, add, ahead);
     case 3:
-      return tile_product_rows<T, 3>(rows, a, row, column, panel, k, tile, add);
+      return tile_product_rows<T, 3>(rows, a, row, column, panel, k, tile, add, ahead);
     case 2:
-      return tile_product_rows<T, 2>(rows, a, row, column, panel, k, tile, add);
+      return tile_product_rows<T, 2>(rows, a, row, column, panel, k, tile, add, ahead);
     default:
-      return tile_product_rows<T, 1>(rows, a, row, column, panel, k, tile, add);
+      return tile_product_rows<T, 1>(rows, a, row, column, panel, k, tile, add, ahead);
   }
 }
 

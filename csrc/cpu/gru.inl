@@ -1,108 +1,113 @@
 // The GRU's scans, with the reset gate after or before the recurrent product.
 // Included inside the instruction set's anonymous namespace; see kernels.inl.
 
-template <class T>
-struct GruForwardScan : ForwardScan<T> {
-  using Base = ForwardScan<T>;
+template <class T, bool kPlain>
+struct GruForwardScan : ForwardScan<T, kPlain> {
+  using Base = ForwardScan<T, kPlain>;
   using Base::kWidth, Base::layer, Base::h;
-  using typename Base::V;
+  using typename Base::V, typename Base::Lines, typename Base::Hidden;
   const GruForward& p;
   State<T> rh, z;  // reset before: [S, B, H] r * h, the operand of W_hn; z, for the second phase
 
-  GruForwardScan(Workspace<T>& memory, const GruForward& q)
-      : Base(memory, q.layer, q.h0, q.y, q.h_n), p(q) {
-    const int64_t hidden = layer.hidden, row = p.w_hh.row;
-    this->phase[0] = Phase<T>(memory, layer, p.w_hh, 0, p.reset_after ? 3 : 2, hidden, hidden,
-                              hidden * row, row, 1, h, true);
+  GruForwardScan(Workspace<T>& memory, const GruForward& q, const Input& input)
+      : Base(memory, q.layer, input, q.h0, q.y, q.h_n), p(q) {
+    this->phase[0] = this->first_phase(memory, p.w_hh, p.reset_after ? 3 : 2);
     if (!p.reset_after) {
+      const int64_t hidden = layer.hidden, row = p.w_hh.row;
       this->phases = 2;
       rh = State<T>(memory, layer, hidden, false);
       z = State<T>(memory, layer, hidden, false);
-      this->phase[1] = Phase<T>(memory, layer, p.w_hh, 2 * hidden * row, 1, hidden, hidden, 0, row,
-                                1, rh, false);
+      const Panels<T> w(memory, layer, p.w_hh, 2 * hidden * row, 1, hidden, hidden, 0, row, 1);
+      this->phase[1] = Phase<T>{w, {}, rh, false};
     }
   }
 
-  void rows(int number, int64_t i, int64_t t, int64_t s, int64_t b, int64_t u, int vectors,
-            const T* sums) const {
-    const bool over = ended(layer, t, b), cut = !over && this->cut_after(t, s, b);
-    for (int v = 0; v < vectors; ++v, u += kWidth) {
-      const int n = lanes_at(layer.hidden, u, kWidth);
-      if (p.reset_after) {
-        after(i, t, s, b, u, n, over, cut, sums + v * 3 * kWidth);
-      } else if (number == 0) {
-        before(i, t, s, b, u, n, over, sums + v * 2 * kWidth);
-      } else {
-        candidate(i, t, s, b, u, n, over, cut, sums + v * kWidth);
-      }
-    }
+  void rows(int number, const Step& at, const Span& span, T* sums, const T* projected) const {
+    if (p.reset_after) return after(at, span, sums, projected);
+    number == 0 ? before(at, span, sums) : candidate(at, span, sums);
   }
 
   FN void ahead(int number, int64_t t, int64_t s, int64_t b, int64_t u, int64_t units) const {
     if (number == 0) ask_for(p.gates_x, t, b, s, u, units, 3, layer.hidden);
   }
 
-  FN void keep(int64_t t, int64_t s, int64_t b, int64_t u, int n, int gate, V value) const {
-    if (p.gates.data == nullptr) return;
-    Row(p.gates, t, b, s).template store<T>(gate * layer.hidden + u, n, value);
+  FN void after(const Step& at, const Span& span, T* sums, const T* projected) const {
+    const int64_t size = layer.hidden;
+    const V zero(T(0));
+    const Marks marks = this->marks(at);
+    const Hidden hidden(*this, at);
+    const Lines x(p.gates_x, at.t, at.s), tape(p.gates, at.t, at.s), bias(p.b_hn, 0, at.s);
+    span.each<T>(size, 3, sums, [&](int64_t b, int64_t u, int n, T* own) FN_LAMBDA {
+      const bool over = marks.ended(b), cut = !over && marks.starts(b);
+      math::GruOut<V> out{zero, zero, zero, zero};
+      V hn = zero;
+      if (!over) {
+        hn = V::load(own + 2 * kWidth) + bias.load_or_zero(0, u, n);
+        const auto input = [&](int g) FN_LAMBDA {
+          return projected != nullptr ? V::load(projected + (own - sums) + g * kWidth)
+                                      : x.load(b, g * size + u, n);
+        };
+        out = math::gru_after_forward(input(0) + V::load(own), input(1) + V::load(own + kWidth),
+                                      input(2), hn, hidden.previous(b, u));
+      }
+      if (tape) {
+        tape.store(b, u, n, out.r);
+        tape.store(b, size + u, n, out.z);
+        tape.store(b, 2 * size + u, n, out.n);
+        tape.store(b, 3 * size + u, n, hn);
+      }
+      hidden.put(b, u, n, over, cut, out.h);
+    });
   }
 
-  FN void after(int64_t i, int64_t t, int64_t s, int64_t b, int64_t u, int n, bool over, bool cut,
-                const T* sums) const {
-    const int64_t hidden = layer.hidden;
+  FN void before(const Step& at, const Span& span, T* sums) const {
+    const int64_t size = layer.hidden;
     const V zero(T(0));
-    math::GruOut<V> out{zero, zero, zero, zero};
-    V hn = zero;
-    if (!over) {
-      const Row x(p.gates_x, t, b, s);
-      hn = V::load(sums + 2 * kWidth) + Row(p.b_hn, 0, 0, s).template load_or_zero<T>(u, n);
-      out = math::gru_after_forward(x.template load<T>(u, n) + V::load(sums),
-                                    x.template load<T>(hidden + u, n) + V::load(sums + kWidth),
-                                    x.template load<T>(2 * hidden + u, n), hn,
-                                    this->h_prev(i, s, b, u, n));
-    }
-    keep(t, s, b, u, n, 0, out.r);
-    keep(t, s, b, u, n, 1, out.z);
-    keep(t, s, b, u, n, 2, out.n);
-    keep(t, s, b, u, n, 3, hn);
-    this->put_h(i, t, s, b, u, n, over, cut, out.h);
+    const Marks marks = this->marks(at);
+    const Hidden hidden(*this, at);
+    const Lines x(p.gates_x, at.t, at.s), tape(p.gates, at.t, at.s);
+    T *operand = rh.row(at.s, 0), *kept = z.row(at.s, 0);
+    span.each<T>(size, 2, sums, [&](int64_t b, int64_t u, int n, T* own) FN_LAMBDA {
+      math::GruBeforeGates<V> out{zero, zero, zero};
+      if (!marks.ended(b)) {
+        out = math::gru_before_gates(x.load(b, u, n) + V::load(own),
+                                     x.load(b, size + u, n) + V::load(own + kWidth),
+                                     hidden.previous(b, u));
+      }
+      if (tape) {
+        tape.store(b, u, n, out.r);
+        tape.store(b, size + u, n, out.z);
+      }
+      out.rh.store(operand + b * rh.ld + u);
+      out.z.store(kept + b * z.ld + u);
+    });
   }
 
-  FN void before(int64_t i, int64_t t, int64_t s, int64_t b, int64_t u, int n, bool over,
-                 const T* sums) const {
+  FN void candidate(const Step& at, const Span& span, T* sums) const {
+    const int64_t size = layer.hidden;
     const V zero(T(0));
-    math::GruBeforeGates<V> out{zero, zero, zero};
-    if (!over) {
-      const Row x(p.gates_x, t, b, s);
-      out = math::gru_before_gates(x.template load<T>(u, n) + V::load(sums),
-                                   x.template load<T>(layer.hidden + u, n) + V::load(sums + kWidth),
-                                   this->h_prev(i, s, b, u, n));
-    }
-    keep(t, s, b, u, n, 0, out.r);
-    keep(t, s, b, u, n, 1, out.z);
-    out.rh.store(rh.row(s, b) + u, n);
-    out.z.store(z.row(s, b) + u, n);
-  }
-
-  FN void candidate(int64_t i, int64_t t, int64_t s, int64_t b, int64_t u, int n, bool over,
-                    bool cut, const T* sums) const {
-    const V zero(T(0));
-    math::GruBeforeCandidate<V> out{zero, zero};
-    if (!over) {
-      const V x = Row(p.gates_x, t, b, s).template load<T>(2 * layer.hidden + u, n);
-      out = math::gru_before_candidate(x + V::load(sums), V::load(z.row(s, b) + u, n),
-                                       this->h_prev(i, s, b, u, n));
-    }
-    keep(t, s, b, u, n, 2, out.n);
-    this->put_h(i, t, s, b, u, n, over, cut, out.h);
+    const Marks marks = this->marks(at);
+    const Hidden hidden(*this, at);
+    const Lines x(p.gates_x, at.t, at.s), tape(p.gates, at.t, at.s);
+    const T* kept = z.row(at.s, 0);
+    span.each<T>(size, 1, sums, [&](int64_t b, int64_t u, int n, T* own) FN_LAMBDA {
+      const bool over = marks.ended(b), cut = !over && marks.starts(b);
+      math::GruBeforeCandidate<V> out{zero, zero};
+      if (!over) {
+        out = math::gru_before_candidate(x.load(b, 2 * size + u, n) + V::load(own),
+                                         V::load(kept + b * z.ld + u), hidden.previous(b, u));
+      }
+      if (tape) tape.store(b, 2 * size + u, n, out.n);
+      hidden.put(b, u, n, over, cut, out.h);
+    });
   }
 };
 
-template <class T>
-struct GruBackwardScan : BackwardScan<T> {
-  using Base = BackwardScan<T>;
+template <class T, bool kPlain>
+struct GruBackwardScan : BackwardScan<T, kPlain> {
+  using Base = BackwardScan<T, kPlain>;
   using Base::kWidth, Base::layer;
-  using typename Base::V;
+  using typename Base::V, typename Base::Lines, typename Base::Reaching, typename Base::Entering;
   const GruBackward& p;
   State<T> dn;  // reset before: [S, B, H], the operand of d(r * h)
 
@@ -110,105 +115,119 @@ struct GruBackwardScan : BackwardScan<T> {
   GruBackwardScan(Workspace<T>& memory, const GruBackward& q)
       : Base(memory, q.layer, (q.reset_after ? 3 : 2) * q.layer.hidden, q.dy, q.dh_n, q.dh0), p(q) {
     const int64_t hidden = layer.hidden, row = p.w_hh.row;
-    this->phase[0] = Phase<T>(memory, layer, p.w_hh, 0, 1, hidden, (p.reset_after ? 3 : 2) * hidden,
-                              0, 1, row, this->operand, true);
+    const Panels<T> w(memory, layer, p.w_hh, 0, 1, hidden, (p.reset_after ? 3 : 2) * hidden, 0, 1,
+                      row);
+    this->phase[0] = Phase<T>{w, {}, this->operand, true};
     if (!p.reset_after) {
       this->phases = 2;
       dn = State<T>(memory, layer, hidden, false);
-      this->phase[1] = Phase<T>(memory, layer, p.w_hh, 2 * hidden * row, 1, hidden, hidden, 0, 1,
-                                row, dn, false);
+      const Panels<T> w_n(memory, layer, p.w_hh, 2 * hidden * row, 1, hidden, hidden, 0, 1, row);
+      this->phase[1] = Phase<T>{w_n, {}, dn, false};
     }
   }
 
-  void rows(int number, int64_t i, int64_t t, int64_t s, int64_t b, int64_t u, int vectors,
-            const T* sums) const {
-    const bool over = ended(layer, t, b), cut = !over && was_reset(layer, this->reverse(s), t, b);
-    for (int v = 0; v < vectors; ++v, u += kWidth, sums += kWidth) {
-      const int n = lanes_at(layer.hidden, u, kWidth);
-      if (number == 1) {
-        reset_gate(i, t, s, b, u, n, over, cut, V::load(sums));
-        continue;
-      }
-      const V dh = this->gradient(t, s, b, u, n, over, V::load(sums));
-      p.reset_after ? after(i, t, s, b, u, n, over, cut, dh)
-                    : before(i, t, s, b, u, n, over, cut, dh);
-    }
+  void rows(int number, const Step& at, const Span& span, T* sums, const T*) const {
+    if (p.reset_after) return after(at, span, sums);
+    number == 0 ? before(at, span, sums) : reset_gate(at, span, sums);
   }
 
   FN void ahead(int number, int64_t t, int64_t s, int64_t b, int64_t u, int64_t units) const {
     if (number != 0) return;
     ask_for(p.dy, t, b, s, u, units, 1, 0);
     ask_for(p.gates, t, b, s, u, units, p.reset_after ? 4 : 3, layer.hidden);
-    ask_for(p.y, this->step_before(t, s), b, s, u, units, 1, 0);
+    const int64_t before = this->step_before(t, s);
+    if (before >= 0) ask_for(p.y, before, b, s, u, units, 1, 0);
   }
 
-  FN V gate(int64_t t, int64_t s, int64_t b, int64_t u, int n, int number) const {
-    return Row(p.gates, t, b, s).template load<T>(number * layer.hidden + u, n);
-  }
-  FN V h_prev(int64_t t, int64_t s, int64_t b, int64_t u, int n) const {
-    return this->entering(p.y, p.h0, t, s, b).template load_or_zero<T>(u, n);
-  }
-
-  FN void after(int64_t i, int64_t t, int64_t s, int64_t b, int64_t u, int n, bool over, bool cut,
-                V dh) const {
-    const int64_t hidden = layer.hidden;
+  FN void after(const Step& at, const Span& span, T* sums) const {
+    const int64_t size = layer.hidden, ld = this->operand.ld;
     const V zero(T(0));
-    math::GruAfterGrad<V> d{zero, zero, zero, zero, dh};
-    if (!over) {
-      d = math::gru_after_backward(gate(t, s, b, u, n, 0), gate(t, s, b, u, n, 1),
-                                   gate(t, s, b, u, n, 2), gate(t, s, b, u, n, 3),
-                                   h_prev(t, s, b, u, n), dh);
-    }
-    const Row dgates(p.dgates, t, b, s);
-    dgates.template store<T>(u, n, d.dr);
-    dgates.template store<T>(hidden + u, n, d.dz);
-    dgates.template store<T>(2 * hidden + u, n, d.dn);
-    Row(p.dgates_hn, t, b, s).template store<T>(u, n, d.dhn);
-    T* next = this->next_operand(i, s, b) + u;
-    (cut ? zero : d.dr).store(next, n);
-    (cut ? zero : d.dz).store(next + hidden, n);
-    (cut ? zero : d.dhn).store(next + 2 * hidden, n);
-    this->carry(s, b, u, n, cut ? zero : d.dh_prev);
+    const Marks marks = this->marks(at);
+    const Reaching reaching(*this, at);
+    const Entering h_prev(*this, p.y, p.h0, at);
+    const Lines tape(p.gates, at.t, at.s), dgates(p.dgates, at.t, at.s);
+    const Lines dgates_hn(p.dgates_hn, at.t, at.s);
+    T* operand = this->next_operand(at);
+    span.each<T>(size, 1, sums, [&](int64_t b, int64_t u, int n, T* own) FN_LAMBDA {
+      const bool over = marks.ended(b), cut = !over && marks.starts(b);
+      const V dh = reaching.all(b, u, n, over, V::load(own));
+      math::GruAfterGrad<V> d{zero, zero, zero, zero, dh};
+      if (!over) {
+        d = math::gru_after_backward(tape.load(b, u, n), tape.load(b, size + u, n),
+                                     tape.load(b, 2 * size + u, n), tape.load(b, 3 * size + u, n),
+                                     h_prev.load(b, u, n), dh);
+      }
+      dgates.store(b, u, n, d.dr);
+      dgates.store(b, size + u, n, d.dz);
+      dgates.store(b, 2 * size + u, n, d.dn);
+      dgates_hn.store(b, u, n, d.dhn);
+      T* next = operand + b * ld + u;
+      zero_if(cut, d.dr).store(next, n);
+      zero_if(cut, d.dz).store(next + size, n);
+      zero_if(cut, d.dhn).store(next + 2 * size, n);
+      reaching.carry(b, u, zero_if(cut, d.dh_prev));
+    });
   }
 
-  FN void before(int64_t i, int64_t t, int64_t s, int64_t b, int64_t u, int n, bool over, bool cut,
-                 V dh) const {
-    const int64_t hidden = layer.hidden;
+  FN void before(const Step& at, const Span& span, T* sums) const {
+    const int64_t size = layer.hidden, ld = this->operand.ld;
     const V zero(T(0));
-    math::GruBeforeGrad<V> d{zero, zero, dh};
-    if (!over) {
-      d = math::gru_before_backward(gate(t, s, b, u, n, 1), gate(t, s, b, u, n, 2),
-                                    h_prev(t, s, b, u, n), dh);
-    }
-    const Row dgates(p.dgates, t, b, s);
-    dgates.template store<T>(hidden + u, n, d.dz);
-    dgates.template store<T>(2 * hidden + u, n, d.dn);
-    d.dn.store(dn.row(s, b) + u, n);
-    (cut ? zero : d.dz).store(this->next_operand(i, s, b) + hidden + u, n);
-    this->carry(s, b, u, n, cut ? zero : d.dh_prev);
+    const Marks marks = this->marks(at);
+    const Reaching reaching(*this, at);
+    const Entering h_prev(*this, p.y, p.h0, at);
+    const Lines tape(p.gates, at.t, at.s), dgates(p.dgates, at.t, at.s);
+    T *operand = this->next_operand(at), *inner = dn.row(at.s, 0);
+    span.each<T>(size, 1, sums, [&](int64_t b, int64_t u, int n, T* own) FN_LAMBDA {
+      const bool over = marks.ended(b), cut = !over && marks.starts(b);
+      const V dh = reaching.all(b, u, n, over, V::load(own));
+      math::GruBeforeGrad<V> d{zero, zero, dh};
+      if (!over) {
+        d = math::gru_before_backward(tape.load(b, size + u, n), tape.load(b, 2 * size + u, n),
+                                      h_prev.load(b, u, n), dh);
+      }
+      dgates.store(b, size + u, n, d.dz);
+      dgates.store(b, 2 * size + u, n, d.dn);
+      d.dn.store(inner + b * dn.ld + u);
+      zero_if(cut, d.dz).store(operand + b * ld + size + u, n);
+      reaching.carry(b, u, zero_if(cut, d.dh_prev));
+    });
   }
 
-  FN void reset_gate(int64_t i, int64_t t, int64_t s, int64_t b, int64_t u, int n, bool over,
-                     bool cut, V drh) const {
+  FN void reset_gate(const Step& at, const Span& span, T* sums) const {
+    const int64_t ld = this->operand.ld;
     const V zero(T(0));
-    math::GruResetGrad<V> d{zero, zero};
-    if (!over) {
-      d = math::gru_before_reset_backward(gate(t, s, b, u, n, 0), h_prev(t, s, b, u, n), drh,
-                                          V::load(this->carried.row(s, b) + u, n));
-      this->carry(s, b, u, n, cut ? zero : d.dh_prev);
-    }
-    Row(p.dgates, t, b, s).template store<T>(u, n, d.dr);
-    (cut ? zero : d.dr).store(this->next_operand(i, s, b) + u, n);
+    const Marks marks = this->marks(at);
+    const Reaching reaching(*this, at);
+    const Entering h_prev(*this, p.y, p.h0, at);
+    const Lines tape(p.gates, at.t, at.s), dgates(p.dgates, at.t, at.s);
+    T* operand = this->next_operand(at);
+    span.each<T>(layer.hidden, 1, sums, [&](int64_t b, int64_t u, int n, T* own) FN_LAMBDA {
+      const bool over = marks.ended(b), cut = !over && marks.starts(b);
+      math::GruResetGrad<V> d{zero, zero};
+      if (!over) {
+        d = math::gru_before_reset_backward(tape.load(b, u, n), h_prev.load(b, u, n), V::load(own),
+                                            reaching.carried(b, u));
+        reaching.carry(b, u, zero_if(cut, d.dh_prev));
+      }
+      dgates.store(b, u, n, d.dr);
+      zero_if(cut, d.dr).store(operand + b * ld + u, n);
+    });
   }
 };
 
 template <class T>
-void run_gru_forward(const GruForward& p) {
+void run_gru_forward(const GruForward& p, const Input& input) {
   Workspace<T> memory;
-  run_scan<T>(GruForwardScan<T>(memory, p));
+  if (all_plain<T>(p.gates_x, p.h0, p.b_hn, p.y, p.h_n, p.gates)) {
+    return run_scan<T>(GruForwardScan<T, true>(memory, p, input));
+  }
+  run_scan<T>(GruForwardScan<T, false>(memory, p, input));
 }
 template <class T>
 void run_gru_backward(const GruBackward& p) {
   Workspace<T> memory;
-  run_scan<T>(GruBackwardScan<T>(memory, p));
+  if (all_plain<T>(p.dy, p.dh_n, p.h0, p.y, p.gates, p.dgates, p.dgates_hn, p.dh0)) {
+    return run_scan<T>(GruBackwardScan<T, true>(memory, p));
+  }
+  run_scan<T>(GruBackwardScan<T, false>(memory, p));
 }

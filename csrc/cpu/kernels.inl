@@ -27,16 +27,21 @@ namespace {
 #define FUSED_RNN_BY_DTYPE(run, Params) \
   [](const Params& p, DType dtype) { dtype == DType::kFloat64 ? run<double>(p) : run<float>(p); }
 
+#define FUSED_RNN_FORWARD_BY_DTYPE(run, Params)                              \
+  [](const Params& p, const Input& input, DType dtype) {                     \
+    dtype == DType::kFloat64 ? run<double>(p, input) : run<float>(p, input); \
+  }
+
 }  // namespace
 }  // namespace FUSED_RNN_ISA
 
 extern const Kernels FUSED_RNN_TABLE;
 const Kernels FUSED_RNN_TABLE = {
-    FUSED_RNN_BY_DTYPE(FUSED_RNN_ISA::run_lstm_forward, LstmForward),
+    FUSED_RNN_FORWARD_BY_DTYPE(FUSED_RNN_ISA::run_lstm_forward, LstmForward),
     FUSED_RNN_BY_DTYPE(FUSED_RNN_ISA::run_lstm_backward, LstmBackward),
-    FUSED_RNN_BY_DTYPE(FUSED_RNN_ISA::run_gru_forward, GruForward),
+    FUSED_RNN_FORWARD_BY_DTYPE(FUSED_RNN_ISA::run_gru_forward, GruForward),
     FUSED_RNN_BY_DTYPE(FUSED_RNN_ISA::run_gru_backward, GruBackward),
-    FUSED_RNN_BY_DTYPE(FUSED_RNN_ISA::run_rnn_forward, RnnForward),
+    FUSED_RNN_FORWARD_BY_DTYPE(FUSED_RNN_ISA::run_rnn_forward, RnnForward),
     FUSED_RNN_BY_DTYPE(FUSED_RNN_ISA::run_rnn_backward, RnnBackward),
     FUSED_RNN_BY_DTYPE(FUSED_RNN_ISA::run_matmul, Matmul),
     FUSED_RNN_BY_DTYPE(FUSED_RNN_ISA::run_column_sums, ColumnSums),

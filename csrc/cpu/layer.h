@@ -22,13 +22,104 @@ inline int64_t gates_of(int64_t cell) {
   return cell == 0 ? 4 : cell == 1 ? 3 : 1;
 }
 
-// A forward scan of any cell; what the cell has not stays null.
+inline void* data_of(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }
+
+// A sequence [T, B, n] whose last axis lies along memory and whose rows lie at one stride, in the
+// order [T, B], or [B, T] where `in_time` does not forbid it; a copy of x where x is neither.
+struct Sequence {
+  Tensor kept;
+  Rows rows;
+
+  Sequence(const Tensor& x, DType dtype, bool in_time) : kept(x) {
+    const int64_t steps = x.size(0), batch = x.size(1);
+    const bool along = x.size(2) == 1 || x.stride(2) == 1;
+    const bool ordered = steps == 1 || batch == 1 || x.stride(0) == batch * x.stride(1) ||
+                         (!in_time && x.stride(1) == steps * x.stride(0));
+    if (!along || !ordered) kept = as_contiguous(x);
+    rows = Rows{data_of(kept), dtype, kept.stride(0), kept.stride(1), 0};
+  }
+};
+
+// A sequence's rows as a matrix of T * B rows, in the order of memory.
+struct RowsInOrder {
+  bool batch_first;  // the order is [B, T]
+  int64_t row;
+
+  RowsInOrder(const Rows& x, int64_t steps, int64_t batch)
+      : batch_first(steps > 1 && batch > 1 && x.step != batch * x.row),
+        row(batch_first || batch == 1 ? x.step : x.row) {}
+};
+
+// bias [n] of acc = b_ih + b_hh, of which last the first `folded` values count: the GRU's others
+// belong inside its recurrence.
+inline void add_biases(const void* b_ih, const void* b_hh, DType io, int64_t n, int64_t folded,
+                       DType acc, void* bias) {
+  const auto value = [io](const void* data, int64_t at) -> double {
+    switch (io) {
+      case DType::kBFloat16:
+        return static_cast<float>(static_cast<const torch::headeronly::BFloat16*>(data)[at]);
+      case DType::kFloat16:
+        return static_cast<float>(static_cast<const torch::headeronly::Half*>(data)[at]);
+      case DType::kFloat32:
+        return static_cast<const float*>(data)[at];
+      default:
+        return static_cast<const double*>(data)[at];
+    }
+  };
+  for (int64_t i = 0; i < n; ++i) {
+    const double sum = value(b_ih, i) + (i < folded ? value(b_hh, i) : 0.0);
+    if (acc == DType::kFloat64) {
+      static_cast<double*>(bias)[i] = sum;
+    } else {
+      static_cast<float*>(bias)[i] = static_cast<float>(sum);
+    }
+  }
+}
+
+// A forward scan of any cell with the projection of its input; what the cell has not stays null.
 struct AnyForward {
   Layer layer;
-  Rows gates_x, h0, c0, w_hh, w_hr, b_hn, y, h_n, c_n, cells, gates;
+  Input input;
+  Rows h0, c0, w_hh, w_hr, b_hn, y, h_n, c_n, cells, gates;
   bool relu = false;
 
   void run(int64_t cell, DType acc) const {
+    const int64_t width = gates_of(cell) * layer.hidden;
+    if (projects_itself(width, acc)) return scan(cell, acc, Rows{}, input);
+    const int64_t all = layer.steps * layer.batch, entry = all * width;
+    const Buffer projected(layer.stack * entry * size_of(acc));
+    const RowsInOrder order(input.x, layer.steps, layer.batch);
+    const auto from = [](const Rows& rows, int64_t s) {
+      return static_cast<const char*>(rows.data) + s * rows.entry * size_of(rows.dtype);
+    };
+    for (int64_t s = 0; s < layer.stack; ++s) {
+      Matmul p;
+      p.n = 1, p.m = all, p.k = input.size, p.l = width;
+      p.a = Matrix{input.x.data, input.x.dtype, 0, order.row, 1};
+      p.b = Matrix{from(input.w_ih, s), input.w_ih.dtype, 0, 1, input.w_ih.row};
+      if (input.bias.data != nullptr) p.bias = Matrix{from(input.bias, s), acc, 0, 0, 1};
+      p.out = projected.at(s * entry * size_of(acc));
+      chosen_kernels().matmul(p, acc);
+    }
+    const int64_t row = (order.batch_first ? layer.steps : 1) * width;
+    const int64_t step = (order.batch_first ? 1 : layer.batch) * width;
+    scan(cell, acc, Rows{projected.at(), acc, step, row, entry}, Input());
+  }
+
+ private:
+  // Whether the scan is to project its input itself, step by step, which spares writing and reading
+  // gates_x: where it has rows enough for whole tiles, and both weights stay in the second-level
+  // cache or are asked for while there is much to multiply.
+  bool projects_itself(int64_t width, DType acc) const {
+    if (input.size == 0 || input.size > kMaxInput) return false;
+    if (input.x.dtype != acc || input.w_ih.dtype != acc) return false;
+    const int64_t threads = thread_count(), stack = layer.stack;
+    const int64_t rows = layer.batch / (threads > stack ? threads / stack : 1);
+    const int64_t bytes = width * (layer.out + input.size) * size_of(acc);
+    return rows >= 6 && (bytes <= l2_bytes() * 3 / 4 || rows >= 32);
+  }
+
+  void scan(int64_t cell, DType acc, const Rows& gates_x, const Input& own) const {
     if (cell == 0) {
       const LstmForward p{.layer = layer,
                           .gates_x = gates_x,
@@ -41,7 +132,7 @@ struct AnyForward {
                           .c_n = c_n,
                           .cells = cells,
                           .gates = gates};
-      chosen_kernels().lstm_forward(p, acc);
+      chosen_kernels().lstm_forward(p, own, acc);
     } else if (cell == 1) {
       const GruForward p{.layer = layer,
                          .gates_x = gates_x,
@@ -51,7 +142,7 @@ struct AnyForward {
                          .y = y,
                          .h_n = h_n,
                          .gates = gates};
-      chosen_kernels().gru_forward(p, acc);
+      chosen_kernels().gru_forward(p, own, acc);
     } else {
       const RnnForward p{.layer = layer,
                          .gates_x = gates_x,
@@ -60,72 +151,7 @@ struct AnyForward {
                          .y = y,
                          .h_n = h_n,
                          .relu = relu};
-      chosen_kernels().rnn_forward(p, acc);
-    }
-  }
-};
-
-inline void* data_of(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }
-
-// A sequence [T, B, n] as a matrix of T * B rows, in the order of memory.
-struct Sequence {
-  Tensor kept;
-  Matrix matrix;
-  bool batch_first = false;  // rows are in the order [B, T]
-
-  // in_time: rows have to be in the order [T, B].
-  Sequence(const Tensor& x, DType dtype, bool in_time) : kept(x) {
-    const int64_t steps = x.size(0), batch = x.size(1);
-    int64_t row = x.stride(1);
-    if (steps == 1 || batch == 1 || x.stride(0) == batch * x.stride(1)) {
-      row = batch == 1 ? x.stride(0) : x.stride(1);
-    } else if (!in_time && x.stride(1) == steps * x.stride(0)) {
-      batch_first = true, row = x.stride(0);
-    } else {
-      kept = as_contiguous(x), row = kept.stride(1);
-    }
-    matrix = Matrix{data_of(kept), dtype, 0, row, kept.stride(2)};
-  }
-};
-
-// One entry's projection of a sequence: out [rows, width] = a w_ih^T + b_ih + b_hh, of which last
-// the first `folded` values count (the GRU's others belong inside its recurrence); `bias` is room
-// for width values of acc.
-struct Projection {
-  Matrix a;
-  int64_t rows, inputs, width, folded;
-  DType io, acc;
-
-  void run(const void* w_ih, const void* b_ih, const void* b_hh, void* bias, void* out) const {
-    Matmul p;
-    p.n = 1, p.m = rows, p.k = inputs, p.l = width;
-    p.a = a;
-    p.b = Matrix{w_ih, io, 0, 1, inputs};
-    if (b_ih != nullptr) {
-      acc == DType::kFloat64 ? add<double>(b_ih, b_hh, bias) : add<float>(b_ih, b_hh, bias);
-      p.bias = Matrix{bias, acc, 0, 0, 1};
-    }
-    p.out = out;
-    chosen_kernels().matmul(p, acc);
-  }
-
- private:
-  template <class T>
-  T value(const void* data, int64_t at) const {
-    switch (io) {
-      case DType::kBFloat16:
-        return static_cast<float>(static_cast<const torch::headeronly::BFloat16*>(data)[at]);
-      case DType::kFloat16:
-        return static_cast<float>(static_cast<const torch::headeronly::Half*>(data)[at]);
-      default:
-        return static_cast<const T*>(data)[at];
-    }
-  }
-  template <class T>
-  void add(const void* b_ih, const void* b_hh, void* bias) const {
-    T* target = static_cast<T*>(bias);
-    for (int64_t i = 0; i < width; ++i) {
-      target[i] = value<T>(b_ih, i) + (i < folded ? value<T>(b_hh, i) : T(0));
+      chosen_kernels().rnn_forward(p, own, acc);
     }
   }
 };

@@ -74,21 +74,17 @@ class Model {
     if (batch_ == 0) return {y, h_n, c_n};
     h_n_ = h_n.mutable_data_ptr(), c_n_ = cell_ == 0 ? c_n.mutable_data_ptr() : nullptr;
     const int64_t sequence = steps_ * batch_ * width * size_of(io_);
-    const Buffer gates(directions_ * steps_ * batch_ * rows() * size_of(acc_));
     const Buffer bias(directions_ * rows() * size_of(acc_));
     const Buffer between(layers_ > 1 ? sequence : 0), other(layers_ > 2 ? sequence : 0);
-    const Sequence input(x_, io_, false);
-    Matrix a = input.matrix;
-    bool batch_first = input.batch_first;
-    int64_t inputs = x_.size(2);
+    const Sequence given(x_, io_, false);
     for (int64_t layer = 0; layer < layers_; ++layer) {
       void* to = layer + 1 == layers_ ? y.mutable_data_ptr()
                  : layer % 2          ? other.at()
                                       : between.at();
-      project(layer, a, inputs, gates, bias);
-      scan(layer, batch_first, gates, to);
-      a = Matrix{to, io_, 0, width, 1};
-      inputs = width, batch_first = false;
+      const void* from = layer % 2 ? between.at() : other.at();
+      const Rows x =
+          layer == 0 ? given.rows : Rows{const_cast<void*>(from), io_, batch_ * width, width, 0};
+      run_layer(layer, x, layer == 0 ? x_.size(2) : width, bias, to);
     }
     return {y, h_n, c_n};
   }
@@ -107,19 +103,6 @@ class Model {
   }
   const Direction& direction(int64_t layer, int64_t d) const {
     return weights_[layer * directions_ + d];
-  }
-
-  // gates[d] [T*B, G*H] = a W_ih^T + bias.
-  void project(int64_t layer, const Matrix& a, int64_t inputs, const Buffer& gates,
-               const Buffer& bias) const {
-    const int64_t all = steps_ * batch_, folded = cell_ == 1 ? 2 * hidden_ : rows();
-    const Projection projection{a, all, inputs, rows(), folded, io_, acc_};
-    for (int64_t d = 0; d < directions_; ++d) {
-      const Direction& w = direction(layer, d);
-      projection.run(data_of(w.w_ih), w.b_ih ? data_of(*w.b_ih) : nullptr,
-                     w.b_hh ? data_of(*w.b_hh) : nullptr, bias.at(d * rows() * size_of(acc_)),
-                     gates.at(d * all * rows() * size_of(acc_)));
-    }
   }
 
   // The two directions' weights are tensors of their own: an entry's stride leads from one to the
@@ -143,15 +126,23 @@ class Model {
     return Rows{start, io_, 0, size, entry};
   }
 
-  void scan(int64_t layer, bool batch_first, const Buffer& gates, void* to) const {
+  // One layer on x [T, B, I]; bias: room for it.
+  void run_layer(int64_t layer, const Rows& x, int64_t inputs, const Buffer& bias, void* to) const {
     const Direction &first = direction(layer, 0), &last = direction(layer, directions_ - 1);
-    const int64_t width = directions_ * out_, all = steps_ * batch_;
+    const int64_t width = directions_ * out_, folded = cell_ == 1 ? 2 * hidden_ : rows();
     Layer l{steps_, batch_, directions_, hidden_, out_, nullptr, kReverse};
     if (flags_) l.flags = static_cast<const uint8_t*>(flags_->const_data_ptr());
     AnyForward p;
     p.layer = l, p.relu = relu_;
-    p.gates_x = Rows{gates.at(), acc_, (batch_first ? 1 : batch_) * rows(),
-                     (batch_first ? steps_ : 1) * rows(), all * rows()};
+    p.input = Input{inputs, x, weight(first.w_ih, last.w_ih), {}};
+    if (first.b_ih) {
+      for (int64_t d = 0; d < directions_; ++d) {
+        const Direction& w = direction(layer, d);
+        add_biases(data_of(*w.b_ih), data_of(*w.b_hh), io_, rows(), folded, acc_,
+                   bias.at(d * rows() * size_of(acc_)));
+      }
+      p.input.bias = Rows{bias.at(), acc_, 0, 0, rows()};
+    }
     p.w_hh = weight(first.w_hh, last.w_hh);
     p.y = Rows{to, io_, batch_ * width, width, out_};
     p.h0 = state(h0_, layer, out_), p.h_n = state_at(h_n_, layer, out_);

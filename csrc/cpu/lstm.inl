@@ -1,28 +1,27 @@
 // The LSTM's scans, with and without projection.
 // Included inside the instruction set's anonymous namespace; see kernels.inl.
 
-template <class T>
-struct LstmForwardScan : ForwardScan<T> {
-  using Base = ForwardScan<T>;
+template <class T, bool kPlain>
+struct LstmForwardScan : ForwardScan<T, kPlain> {
+  using Base = ForwardScan<T, kPlain>;
   using Base::kWidth, Base::layer, Base::h;
-  using typename Base::V;
+  using typename Base::V, typename Base::Lines, typename Base::Hidden;
   const LstmForward& p;
   bool projected;
   State<T> c, m;  // [S, B, H]: the cell state; o * tanh(c), the operand of the projection
 
-  LstmForwardScan(Workspace<T>& memory, const LstmForward& q)
-      : Base(memory, q.layer, q.h0, q.y, q.h_n),
+  LstmForwardScan(Workspace<T>& memory, const LstmForward& q, const Input& input)
+      : Base(memory, q.layer, input, q.h0, q.y, q.h_n),
         p(q),
         projected(q.w_hr.data != nullptr),
         c(memory, q.layer, q.layer.hidden, false) {
     const int64_t hidden = layer.hidden, out = layer.out;
-    this->phase[0] = Phase<T>(memory, layer, p.w_hh, 0, 4, hidden, out, hidden * p.w_hh.row,
-                              p.w_hh.row, 1, h, true);
+    this->phase[0] = this->first_phase(memory, p.w_hh, 4);
     if (projected) {
       this->phases = 2;
       m = State<T>(memory, layer, hidden, false);
-      this->phase[1] =
-          Phase<T>(memory, layer, p.w_hr, 0, 1, out, hidden, 0, p.w_hr.row, 1, m, false);
+      const Panels<T> w(memory, layer, p.w_hr, 0, 1, out, hidden, 0, p.w_hr.row, 1);
+      this->phase[1] = Phase<T>{w, {}, m, false};
     }
   }
 
@@ -34,58 +33,66 @@ struct LstmForwardScan : ForwardScan<T> {
     if (number == 0) ask_for(p.gates_x, t, b, s, u, units, 4, layer.hidden);
   }
 
-  void rows(int number, int64_t i, int64_t t, int64_t s, int64_t b, int64_t u, int vectors,
-            const T* sums) const {
-    const bool over = ended(layer, t, b), cut = !over && this->cut_after(t, s, b);
-    for (int v = 0; v < vectors; ++v, u += kWidth) {
-      if (number == 1) {
-        const int n = lanes_at(layer.out, u, kWidth);
-        this->put_h(i, t, s, b, u, n, over, cut, V::load(sums + v * kWidth));
-      } else {
-        gates(i, t, s, b, u, over, cut, sums + v * 4 * kWidth);
-      }
-    }
+  void rows(int number, const Step& at, const Span& span, T* sums, const T* projected_x) const {
+    if (number == 0) return gates(at, span, sums, projected_x);
+    const Marks marks = this->marks(at);
+    const Hidden hidden(*this, at);
+    span.each<T>(layer.out, 1, sums, [&](int64_t b, int64_t u, int n, T* own) FN_LAMBDA {
+      const bool over = marks.ended(b);
+      hidden.put(b, u, n, over, !over && marks.starts(b), V::load(own));
+    });
   }
 
-  FN void gates(int64_t i, int64_t t, int64_t s, int64_t b, int64_t u, bool over, bool cut,
-                const T* sums) const {
-    const int64_t hidden = layer.hidden;
-    const int n = lanes_at(hidden, u, kWidth);
+  FN void gates(const Step& at, const Span& span, T* sums, const T* projected_x) const {
+    const int64_t size = layer.hidden, ld = c.ld;
     const V zero(T(0));
-    T* cell = c.row(s, b) + u;
-    math::LstmOut<V> out{zero, zero, zero, zero, zero, zero};
-    V state = V::load(cell, n);
-    if (!over) {
-      const Row x(p.gates_x, t, b, s);
-      const auto a = [&](int g) FN_LAMBDA {
-        return x.template load<T>(g * hidden + u, n) + V::load(sums + g * kWidth);
-      };
-      out = math::lstm_forward(a(0), a(1), a(2), a(3), state);
-      state = out.c;
-      (cut ? zero : state).store(cell, n);
-    }
-    if (this->last(i)) Row(p.c_n, 0, b, s).template store<T>(u, n, state);
-    if (p.cells.data != nullptr) Row(p.cells, t, b, s).template store<T>(u, n, out.c);
-    if (p.gates.data != nullptr) {
-      const Row tape(p.gates, t, b, s);
-      tape.template store<T>(u, n, out.i);
-      tape.template store<T>(hidden + u, n, out.f);
-      tape.template store<T>(2 * hidden + u, n, out.g);
-      tape.template store<T>(3 * hidden + u, n, out.o);
-    }
-    if (projected) {
-      out.h.store(m.row(s, b) + u, n);
-    } else {
-      this->put_h(i, t, s, b, u, n, over, cut, out.h);
-    }
+    const Marks marks = this->marks(at);
+    const Hidden hidden(*this, at);
+    const Lines x(p.gates_x, at.t, at.s), cells(p.cells, at.t, at.s), tape(p.gates, at.t, at.s);
+    const Lines c_n(this->last(at) ? p.c_n : Rows{}, 0, at.s);
+    T* cell = c.row(at.s, 0);
+    T* operand = projected ? m.row(at.s, 0) : nullptr;
+    // First the gates and cell states, of which o and c replace the sums, then the hidden states:
+    // so exponentials of many rows stand in line, not those of one row one after another.
+    span.each<T>(size, 4, sums, [&](int64_t b, int64_t u, int n, T* own) FN_LAMBDA {
+      const bool over = marks.ended(b), cut = !over && marks.starts(b);
+      math::LstmCell<V> out{zero, zero, zero, zero, zero};
+      V state = V::load(cell + b * ld + u);
+      if (!over) {
+        const auto a = [&](int g) FN_LAMBDA {
+          const V input = projected_x != nullptr ? V::load(projected_x + (own - sums) + g * kWidth)
+                                                 : x.load(b, g * size + u, n);
+          return input + V::load(own + g * kWidth);
+        };
+        out = math::lstm_cell(a(0), a(1), a(2), a(3), state);
+        state = out.c;
+        zero_if(cut, state).store(cell + b * ld + u);
+      }
+      if (c_n) c_n.store(b, u, n, state);
+      if (cells) cells.store(b, u, n, out.c);
+      if (tape) {
+        tape.store(b, u, n, out.i);
+        tape.store(b, size + u, n, out.f);
+        tape.store(b, 2 * size + u, n, out.g);
+        tape.store(b, 3 * size + u, n, out.o);
+      }
+      out.o.store(own);
+      out.c.store(own + kWidth);
+    });
+    span.each<T>(size, 4, sums, [&](int64_t b, int64_t u, int n, T* own) FN_LAMBDA {
+      const bool over = marks.ended(b), cut = !over && marks.starts(b);
+      const V value = math::lstm_hidden(V::load(own), V::load(own + kWidth));
+      operand != nullptr ? value.store(operand + b * m.ld + u)
+                         : hidden.put(b, u, n, over, cut, value);
+    });
   }
 };
 
-template <class T>
-struct LstmBackwardScan : BackwardScan<T> {
-  using Base = BackwardScan<T>;
+template <class T, bool kPlain>
+struct LstmBackwardScan : BackwardScan<T, kPlain> {
+  using Base = BackwardScan<T, kPlain>;
   using Base::kWidth, Base::layer;
-  using typename Base::V;
+  using typename Base::V, typename Base::Lines, typename Base::Reaching, typename Base::Entering;
   const LstmBackward& p;
   bool projected;
   State<T> dc, dh;  // [S, B, H] what reaches c; [S, B, P] of the projected state, the operand of dm
@@ -96,13 +103,13 @@ struct LstmBackwardScan : BackwardScan<T> {
         projected(q.w_hr.data != nullptr),
         dc(memory, q.layer, q.layer.hidden, false) {
     const int64_t hidden = layer.hidden, out = layer.out;
-    this->phase[0] = Phase<T>(memory, layer, p.w_hh, 0, 1, out, 4 * hidden, 0, 1, p.w_hh.row,
-                              this->operand, true);
+    const Panels<T> w(memory, layer, p.w_hh, 0, 1, out, 4 * hidden, 0, 1, p.w_hh.row);
+    this->phase[0] = Phase<T>{w, {}, this->operand, true};
     if (projected) {
       this->phases = 2;
       dh = State<T>(memory, layer, out, false);
-      this->phase[1] =
-          Phase<T>(memory, layer, p.w_hr, 0, 1, hidden, out, 0, 1, p.w_hr.row, dh, false);
+      const Panels<T> own(memory, layer, p.w_hr, 0, 1, hidden, out, 0, 1, p.w_hr.row);
+      this->phase[1] = Phase<T>{own, {}, dh, false};
     }
   }
 
@@ -115,74 +122,89 @@ struct LstmBackwardScan : BackwardScan<T> {
     if (projected && number == 0) return;
     ask_for(p.gates, t, b, s, u, units, 4, layer.hidden);
     ask_for(p.cells, t, b, s, u, units, 1, 0);
-    ask_for(p.cells, this->step_before(t, s), b, s, u, units, 1, 0);
+    const int64_t before = this->step_before(t, s);
+    if (before >= 0) ask_for(p.cells, before, b, s, u, units, 1, 0);
     ask_for(p.dcells, t, b, s, u, units, 1, 0);
   }
   void end(int64_t s, int64_t b) const {
     const T* from = dc.row(s, b);
+    const Lines to(p.dc0, 0, s);
     for (int64_t u = 0; u < layer.hidden; u += kWidth) {
-      const int n = lanes_at(layer.hidden, u, kWidth);
-      Row(p.dc0, 0, b, s).template store<T>(u, n, V::load(from + u, n));
+      to.store(b, u, lanes_at(layer.hidden, u, kWidth), V::load(from + u));
     }
   }
 
-  void rows(int number, int64_t i, int64_t t, int64_t s, int64_t b, int64_t u, int vectors,
-            const T* sums) const {
-    const bool over = ended(layer, t, b);
-    const V zero(T(0));
-    for (int v = 0; v < vectors; ++v, u += kWidth, sums += kWidth) {
-      const V product = V::load(sums);
-      if (number == 1) {
-        gates(i, t, s, b, u, lanes_at(layer.hidden, u, kWidth), over, product);
-        continue;
-      }
-      const int n = lanes_at(layer.out, u, kWidth);
-      const V reached = this->gradient(t, s, b, u, n, over, product);
-      this->carry(s, b, u, n, over ? reached : zero);
-      if (projected) {
-        reached.store(dh.row(s, b) + u, n);
-        Row(p.dh, t, b, s).template store<T>(u, n, over ? zero : reached);
-      } else {
-        gates(i, t, s, b, u, n, over, reached);
-      }
+  void rows(int number, const Step& at, const Span& span, T* sums, const T*) const {
+    if (number == 1) {
+      return gates(at, span, sums,
+                   [](int64_t, int64_t, int, bool, V product) FN_LAMBDA { return product; });
     }
+    const V zero(T(0));
+    const Reaching reaching(*this, at);
+    const auto reached = [&](int64_t b, int64_t u, int n, bool over, V product) FN_LAMBDA {
+      const V all = reaching.all(b, u, n, over, product);
+      reaching.carry(b, u, zero_if(!over, all));
+      return all;
+    };
+    if (!projected) return gates(at, span, sums, reached);
+    const Marks marks = this->marks(at);
+    const Lines out(p.dh, at.t, at.s);
+    T* operand = dh.row(at.s, 0);
+    span.each<T>(layer.out, 1, sums, [&](int64_t b, int64_t u, int n, T* own) FN_LAMBDA {
+      const bool over = marks.ended(b);
+      const V all = reached(b, u, n, over, V::load(own));
+      all.store(operand + b * dh.ld + u);
+      out.store(b, u, n, zero_if(over, all));
+    });
   }
 
-  FN void gates(int64_t i, int64_t t, int64_t s, int64_t b, int64_t u, int n, bool over,
-                V dm) const {
-    const int64_t hidden = layer.hidden;
+  // dm(b, u, n, over, product): the gradient of o * tanh(c).
+  template <class Gradient>
+  FN void gates(const Step& at, const Span& span, T* sums, const Gradient& dm) const {
+    const int64_t size = layer.hidden, ld = dc.ld, operand_ld = this->operand.ld;
     const V zero(T(0));
-    math::LstmGrad<V> d{zero, zero, zero, zero, zero};
-    bool cut = false;
-    if (!over) {
-      const Row tape(p.gates, t, b, s);
-      T* reached = dc.row(s, b) + u;
-      const V sum = V::load(reached, n) + Row(p.dcells, t, b, s).template load_or_zero<T>(u, n);
-      d = math::lstm_backward(
-          tape.template load<T>(u, n), tape.template load<T>(hidden + u, n),
-          tape.template load<T>(2 * hidden + u, n), tape.template load<T>(3 * hidden + u, n),
-          Row(p.cells, t, b, s).template load<T>(u, n),
-          this->entering(p.cells, p.c0, t, s, b).template load_or_zero<T>(u, n), dm, sum);
-      cut = was_reset(layer, this->reverse(s), t, b);
-      (cut ? zero : d.dc_prev).store(reached, n);
-    }
-    const Row dgates(p.dgates, t, b, s);
-    T* next = this->next_operand(i, s, b) + u;
-    const V parts[4] = {d.di, d.df, d.dg, d.d_o};
-    for (int g = 0; g < 4; ++g) {
-      dgates.template store<T>(g * hidden + u, n, parts[g]);
-      (cut ? zero : parts[g]).store(next + g * hidden, n);
-    }
+    const Marks marks = this->marks(at);
+    const Lines tape(p.gates, at.t, at.s), cells(p.cells, at.t, at.s);
+    const Lines dcells(p.dcells, at.t, at.s), dgates(p.dgates, at.t, at.s);
+    const Entering entering(*this, p.cells, p.c0, at);
+    T *carried = dc.row(at.s, 0), *operand = this->next_operand(at);
+    span.each<T>(size, 1, sums, [&](int64_t b, int64_t u, int n, T* own) FN_LAMBDA {
+      const bool over = marks.ended(b);
+      const V dh = dm(b, u, n, over, V::load(own));
+      math::LstmGrad<V> d{zero, zero, zero, zero, zero};
+      bool cut = false;
+      if (!over) {
+        const V sum = V::load(carried + b * ld + u) + dcells.load_or_zero(b, u, n);
+        d = math::lstm_backward(tape.load(b, u, n), tape.load(b, size + u, n),
+                                tape.load(b, 2 * size + u, n), tape.load(b, 3 * size + u, n),
+                                cells.load(b, u, n), entering.load(b, u, n), dh, sum);
+        cut = marks.starts(b);
+        zero_if(cut, d.dc_prev).store(carried + b * ld + u);
+      }
+      const V parts[4] = {d.di, d.df, d.dg, d.d_o};
+#pragma GCC unroll 4
+      for (int g = 0; g < 4; ++g) {
+        dgates.store(b, g * size + u, n, parts[g]);
+        zero_if(cut, parts[g]).store(operand + b * operand_ld + g * size + u, n);
+      }
+    });
   }
 };
 
 template <class T>
-void run_lstm_forward(const LstmForward& p) {
+void run_lstm_forward(const LstmForward& p, const Input& input) {
   Workspace<T> memory;
-  run_scan<T>(LstmForwardScan<T>(memory, p));
+  if (all_plain<T>(p.gates_x, p.h0, p.c0, p.y, p.h_n, p.c_n, p.cells, p.gates)) {
+    return run_scan<T>(LstmForwardScan<T, true>(memory, p, input));
+  }
+  run_scan<T>(LstmForwardScan<T, false>(memory, p, input));
 }
 template <class T>
 void run_lstm_backward(const LstmBackward& p) {
   Workspace<T> memory;
-  run_scan<T>(LstmBackwardScan<T>(memory, p));
+  if (all_plain<T>(p.dy, p.dh_n, p.dc_n, p.dcells, p.c0, p.cells, p.gates, p.dgates, p.dh0, p.dc0,
+                   p.dh)) {
+    return run_scan<T>(LstmBackwardScan<T, true>(memory, p));
+  }
+  run_scan<T>(LstmBackwardScan<T, false>(memory, p));
 }

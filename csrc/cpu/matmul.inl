@@ -4,7 +4,7 @@
 
 // K is taken in chunks, whose sums are added in order: a panel of 4 vectors then fits the L2, and
 // the error of long sums, which weight gradients are, grows with their square root over 16 only.
-constexpr int64_t kChunkK = 512;
+constexpr int64_t kChunkK = kMaxInput;
 
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kCopiesPay = 4;  // blocks that use a copy of their operands
@@ -168,7 +168,7 @@ class Product {
         const int rows = lanes_at(p_.m, tile * kRows, kRows);
         T* to_sums = sums + (tile - from) * kRows * width;
         tile_product<T>(rows, vectors, a + (tile - from) * tile_step + k * column, row, column,
-                        panel + k * width, deep, to_sums, k > 0);
+                        panel + k * width, deep, to_sums, k > 0, Ahead());
       }
     }
     leave(n, first, block, all, sums, at, at + depth == p_.k);

@@ -13,19 +13,19 @@ struct Run {
   }
   int64_t max_row() const { return INT64_MAX; }
   void operator()(const LstmForward& p, const Arguments& a) const {
-    chosen_kernels().lstm_forward(p, a.acc());
+    chosen_kernels().lstm_forward(p, Input(), a.acc());
   }
   void operator()(const LstmBackward& p, const Arguments& a) const {
     chosen_kernels().lstm_backward(p, a.acc());
   }
   void operator()(const GruForward& p, const Arguments& a) const {
-    chosen_kernels().gru_forward(p, a.acc());
+    chosen_kernels().gru_forward(p, Input(), a.acc());
   }
   void operator()(const GruBackward& p, const Arguments& a) const {
     chosen_kernels().gru_backward(p, a.acc());
   }
   void operator()(const RnnForward& p, const Arguments& a) const {
-    chosen_kernels().rnn_forward(p, a.acc());
+    chosen_kernels().rnn_forward(p, Input(), a.acc());
   }
   void operator()(const RnnBackward& p, const Arguments& a) const {
     chosen_kernels().rnn_backward(p, a.acc());

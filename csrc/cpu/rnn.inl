@@ -1,49 +1,51 @@
 // The simple RNN's scans.
 // Included inside the instruction set's anonymous namespace; see kernels.inl.
 
-template <class T>
-struct RnnForwardScan : ForwardScan<T> {
-  using Base = ForwardScan<T>;
+template <class T, bool kPlain>
+struct RnnForwardScan : ForwardScan<T, kPlain> {
+  using Base = ForwardScan<T, kPlain>;
   using Base::kWidth, Base::layer;
-  using typename Base::V;
+  using typename Base::V, typename Base::Lines, typename Base::Hidden;
   const RnnForward& p;
 
-  RnnForwardScan(Workspace<T>& memory, const RnnForward& q)
-      : Base(memory, q.layer, q.h0, q.y, q.h_n), p(q) {
-    this->phase[0] = Phase<T>(memory, layer, p.w_hh, 0, 1, layer.hidden, layer.hidden, 0,
-                              p.w_hh.row, 1, this->h, true);
+  RnnForwardScan(Workspace<T>& memory, const RnnForward& q, const Input& input)
+      : Base(memory, q.layer, input, q.h0, q.y, q.h_n), p(q) {
+    this->phase[0] = this->first_phase(memory, p.w_hh, 1);
   }
 
   FN void ahead(int, int64_t t, int64_t s, int64_t b, int64_t u, int64_t units) const {
     ask_for(p.gates_x, t, b, s, u, units, 1, 0);
   }
 
-  void rows(int, int64_t i, int64_t t, int64_t s, int64_t b, int64_t u, int vectors,
-            const T* sums) const {
-    const bool over = ended(layer, t, b), cut = !over && this->cut_after(t, s, b);
-    for (int v = 0; v < vectors; ++v, u += kWidth, sums += kWidth) {
-      const int n = lanes_at(layer.hidden, u, kWidth);
-      V h(T(0));
+  void rows(int, const Step& at, const Span& span, T* sums, const T* projected) const {
+    const bool relu = p.relu;
+    const Marks marks = this->marks(at);
+    const Hidden hidden(*this, at);
+    const Lines x(p.gates_x, at.t, at.s);
+    span.each<T>(layer.hidden, 1, sums, [&](int64_t b, int64_t u, int n, T* own) FN_LAMBDA {
+      const bool over = marks.ended(b), cut = !over && marks.starts(b);
+      V value(T(0));
       if (!over) {
-        const V x = Row(p.gates_x, t, b, s).template load<T>(u, n);
-        h = math::rnn_forward(x + V::load(sums), p.relu);
+        const V input = projected != nullptr ? V::load(projected + (own - sums)) : x.load(b, u, n);
+        value = math::rnn_forward(input + V::load(own), relu);
       }
-      this->put_h(i, t, s, b, u, n, over, cut, h);
-    }
+      hidden.put(b, u, n, over, cut, value);
+    });
   }
 };
 
-template <class T>
-struct RnnBackwardScan : BackwardScan<T> {
-  using Base = BackwardScan<T>;
+template <class T, bool kPlain>
+struct RnnBackwardScan : BackwardScan<T, kPlain> {
+  using Base = BackwardScan<T, kPlain>;
   using Base::kWidth, Base::layer;
-  using typename Base::V;
+  using typename Base::V, typename Base::Lines, typename Base::Reaching;
   const RnnBackward& p;
 
   RnnBackwardScan(Workspace<T>& memory, const RnnBackward& q)
       : Base(memory, q.layer, q.layer.hidden, q.dy, q.dh_n, q.dh0), p(q) {
-    this->phase[0] = Phase<T>(memory, layer, p.w_hh, 0, 1, layer.hidden, layer.hidden, 0, 1,
-                              p.w_hh.row, this->operand, true);
+    const int64_t hidden = layer.hidden;
+    const Panels<T> w(memory, layer, p.w_hh, 0, 1, hidden, hidden, 0, 1, p.w_hh.row);
+    this->phase[0] = Phase<T>{w, {}, this->operand, true};
   }
 
   FN void ahead(int, int64_t t, int64_t s, int64_t b, int64_t u, int64_t units) const {
@@ -51,29 +53,39 @@ struct RnnBackwardScan : BackwardScan<T> {
     ask_for(p.y, t, b, s, u, units, 1, 0);
   }
 
-  void rows(int, int64_t i, int64_t t, int64_t s, int64_t b, int64_t u, int vectors,
-            const T* sums) const {
-    const bool over = ended(layer, t, b), cut = !over && was_reset(layer, this->reverse(s), t, b);
+  void rows(int, const Step& at, const Span& span, T* sums, const T*) const {
+    const int64_t ld = this->operand.ld;
+    const bool relu = p.relu;
     const V zero(T(0));
-    for (int v = 0; v < vectors; ++v, u += kWidth, sums += kWidth) {
-      const int n = lanes_at(layer.hidden, u, kWidth);
-      const V dh = this->gradient(t, s, b, u, n, over, V::load(sums));
+    const Marks marks = this->marks(at);
+    const Reaching reaching(*this, at);
+    const Lines y(p.y, at.t, at.s), dgates(p.dgates, at.t, at.s);
+    T* operand = this->next_operand(at);
+    span.each<T>(layer.hidden, 1, sums, [&](int64_t b, int64_t u, int n, T* own) FN_LAMBDA {
+      const bool over = marks.ended(b), cut = !over && marks.starts(b);
+      const V dh = reaching.all(b, u, n, over, V::load(own));
       V da = zero;
-      if (!over) da = math::rnn_backward(Row(p.y, t, b, s).template load<T>(u, n), dh, p.relu);
-      Row(p.dgates, t, b, s).template store<T>(u, n, da);
-      (cut ? zero : da).store(this->next_operand(i, s, b) + u, n);
-      this->carry(s, b, u, n, over ? dh : zero);
-    }
+      if (!over) da = math::rnn_backward(y.load(b, u, n), dh, relu);
+      dgates.store(b, u, n, da);
+      zero_if(cut, da).store(operand + b * ld + u, n);
+      reaching.carry(b, u, zero_if(!over, dh));
+    });
   }
 };
 
 template <class T>
-void run_rnn_forward(const RnnForward& p) {
+void run_rnn_forward(const RnnForward& p, const Input& input) {
   Workspace<T> memory;
-  run_scan<T>(RnnForwardScan<T>(memory, p));
+  if (all_plain<T>(p.gates_x, p.h0, p.y, p.h_n)) {
+    return run_scan<T>(RnnForwardScan<T, true>(memory, p, input));
+  }
+  run_scan<T>(RnnForwardScan<T, false>(memory, p, input));
 }
 template <class T>
 void run_rnn_backward(const RnnBackward& p) {
   Workspace<T> memory;
-  run_scan<T>(RnnBackwardScan<T>(memory, p));
+  if (all_plain<T>(p.dy, p.dh_n, p.y, p.dgates, p.dh0)) {
+    return run_scan<T>(RnnBackwardScan<T, true>(memory, p));
+  }
+  run_scan<T>(RnnBackwardScan<T, false>(memory, p));
 }

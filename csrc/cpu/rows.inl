@@ -40,28 +40,46 @@ FN void store(Vec<T> x, void* data, DType dtype, int64_t at, int n) {
   x.store(static_cast<T*>(data) + at, n);
 }
 
-// One row of a tensor: element u of it is at data[at + u].
-struct Row {
+// The rows of a tensor at one step of one stack entry, as a local copy: stores of vectors may
+// change anything else, and what is elsewhere would be read again after each. kPlain: of dtype T,
+// or absent.
+template <class T, bool kPlain>
+struct LinesOf {
+  using V = Vec<T>;
   void* data;
   DType dtype;
-  int64_t at;
+  int64_t at, row;
 
-  FN Row(const Rows& rows, int64_t t, int64_t b, int64_t s)
-      : data(rows.data), dtype(rows.dtype), at(t * rows.step + b * rows.row + s * rows.entry) {}
+  FN LinesOf(const Rows& rows, int64_t t, int64_t s)
+      : data(rows.data),
+        dtype(kPlain ? kNative<T> : rows.dtype),
+        at(t * rows.step + s * rows.entry),
+        row(rows.row) {}
   FN explicit operator bool() const { return data != nullptr; }
-  template <class T>
-  FN Vec<T> load(int64_t u, int n) const {
-    return ::fused_rnn::cpu::FUSED_RNN_ISA::load<T>(data, dtype, at + u, n);
+  FN V load(int64_t b, int64_t u, int n) const {
+    return ::fused_rnn::cpu::FUSED_RNN_ISA::load<T>(data, dtype, at + b * row + u, n);
   }
-  template <class T>
-  FN Vec<T> load_or_zero(int64_t u, int n) const {
-    return data == nullptr ? Vec<T>(T(0)) : load<T>(u, n);
+  FN V load_or_zero(int64_t b, int64_t u, int n) const {
+    return data == nullptr ? V(T(0)) : load(b, u, n);
   }
-  template <class T>
-  FN void store(int64_t u, int n, Vec<T> x) const {
-    ::fused_rnn::cpu::FUSED_RNN_ISA::store<T>(x, data, dtype, at + u, n);
+  FN void store(int64_t b, int64_t u, int n, V x) const {
+    ::fused_rnn::cpu::FUSED_RNN_ISA::store<T>(x, data, dtype, at + b * row + u, n);
   }
 };
+
+// Zeros where `zero`, else x. (As a conditional expression it has an address, for GCC.)
+template <class T>
+FN Vec<T> zero_if(bool zero, Vec<T> x) {
+  if (zero) return Vec<T>(T(0));
+  return x;
+}
+
+template <class T, class... More>
+FN bool all_plain(const Rows& rows, const More&... more) {
+  if (rows.data != nullptr && rows.dtype != kNative<T>) return false;
+  if constexpr (sizeof...(more) > 0) return all_plain<T>(more...);
+  return true;
+}
 
 // Asks for the values of units [u, u + units) of `parts` gates of a row: memory is slower than the
 // product that comes before they are used.
@@ -76,32 +94,28 @@ FN void ask_for(const Rows& rows, int64_t t, int64_t b, int64_t s, int64_t u, in
   }
 }
 
-// target[0, n) = source[0, n), or zeros where the source is absent.
-template <class T>
-void copy_row(const Row& target, const Row& source, int64_t n) {
-  constexpr int kWidth = Vec<T>::kWidth;
-  for (int64_t u = 0; u < n; u += kWidth) {
-    const int lanes = n - u < kWidth ? static_cast<int>(n - u) : kWidth;
-    target.store<T>(u, lanes, source.load_or_zero<T>(u, lanes));
+// What the flags say of the rows at one step.
+struct Marks {
+  const uint8_t *now = nullptr, *segment = nullptr;  // [B] or null
+
+  FN Marks() = default;
+  // `segment`: flags of the step at which a segment may start, or none.
+  FN Marks(const Layer& layer, int64_t t, int64_t starts) {
+    if (layer.flags == nullptr) return;
+    now = layer.flags + t * layer.batch;
+    if (0 <= starts && starts < layer.steps) segment = layer.flags + starts * layer.batch;
   }
-}
+  // The row has ended before the step: it is not taken.
+  FN bool ended(int64_t b) const { return now != nullptr && (now[b] & 1); }
+  FN bool starts(int64_t b) const { return segment != nullptr && (segment[b] & 3) == 2; }
+};
 
-// The row has ended before step t: the step is not taken.
-FN bool ended(const Layer& layer, int64_t t, int64_t b) {
-  return layer.flags != nullptr && (layer.flags[t * layer.batch + b] & 1);
+// Marks whose starts(b) says: the state after step t is zeroed before the next step.
+FN Marks forward_marks(const Layer& layer, bool reverse, int64_t t) {
+  return Marks(layer, t, reverse ? t : t + 1);
 }
-
-// The state that entered step t was zeroed. A forward entry does so at the first step of a segment;
-// a reversed one leaves the segment that starts at step t + 1.
-FN bool was_reset(const Layer& layer, bool reverse, int64_t t, int64_t b) {
-  if (layer.flags == nullptr) return false;
-  const int64_t at = t + reverse;
-  return at < layer.steps && (layer.flags[at * layer.batch + b] & 3) == 2;
-}
-
-// The step whose state entered step t, or -1 where that was the initial state (or zero; ask
-// was_reset first).
-FN int64_t entered_from(const Layer& layer, bool reverse, int64_t t, int64_t b) {
-  if (!reverse) return t - 1;
-  return t + 1 == layer.steps || ended(layer, t + 1, b) ? -1 : t + 1;
+// Marks whose starts(b) says: the state that entered step t was zeroed. A forward entry does so at
+// the first step of a segment; a reversed one leaves the segment that starts at step t + 1.
+FN Marks backward_marks(const Layer& layer, bool reverse, int64_t t) {
+  return Marks(layer, t, reverse ? t + 1 : t);
 }

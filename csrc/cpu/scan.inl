@@ -40,33 +40,43 @@ struct State {
   }
 };
 
+// The packed weights of a phase, of all stack entries; none where depth is 0.
 template <class T>
-struct Phase {
-  Weights weights;
-  int64_t entry;  // stride of the stack in the weights' elements
+struct Panels {
+  Weights weights{};
+  int64_t entry = 0;  // stride of the stack in the weights' elements
   Blocks blocks;
-  State<T> operand;  // [S, B, depth]
-  bool alternating;  // the operand is the state of the step's parity
-  T* panels;         // [S][weights.depth * blocks.row_elements()]
+  T* data = nullptr;  // [S][depth * blocks.row_elements()]
 
-  Phase() = default;
+  Panels() = default;
   // Gate g, unit u, column k of entry s is w.data[s * entry + offset + g * gate + u * unit + k *
   // column].
-  Phase(Workspace<T>& memory, const Layer& layer, const Rows& w, int64_t offset, int gates,
-        int64_t units, int64_t depth, int64_t gate, int64_t unit, int64_t column,
-        const State<T>& operand_, bool alternating_)
-      : entry(w.entry),
-        blocks(gates, Vec<T>::kWidth, units),
-        operand(operand_),
-        alternating(alternating_) {
+  Panels(Workspace<T>& memory, const Layer& layer, const Rows& w, int64_t offset, int gates,
+         int64_t units, int64_t depth, int64_t gate, int64_t unit, int64_t column)
+      : entry(w.entry), blocks(gates, Vec<T>::kWidth, units) {
     const char* start = static_cast<const char*>(w.data) + offset * size_of(w.dtype);
     weights = Weights{start, w.dtype, gates, units, depth, gate, unit, column};
-    panels = memory.take(layer.stack * panel_elements());
+    data = memory.take(layer.stack * elements());
   }
-  FN int64_t panel_elements() const { return weights.depth * blocks.row_elements(); }
-  FN T* panel(int64_t s, int64_t block) const {
-    return panels + s * panel_elements() + blocks.row_offset(block) * weights.depth;
+  FN int64_t depth() const { return weights.depth; }
+  FN int64_t elements() const { return depth() * blocks.row_elements(); }
+  FN int vectors(int64_t block) const { return blocks.depth_vectors(block) * weights.gates; }
+  FN T* at(int64_t s, int64_t block) const {
+    return data + s * elements() + blocks.row_offset(block) * depth();
   }
+  void pack(int64_t s, int64_t block) const {
+    pack_panel(weights, s * entry, blocks, block, at(s, block));
+  }
+};
+
+template <class T>
+struct Phase {
+  Panels<T> recurrent, projection;  // of a forward scan that projects its input itself: W_ih
+  State<T> operand;                 // [S, B, depth]
+  bool alternating;                 // the operand is the state of the step's parity
+
+  // Weights that a step reads, of one entry.
+  FN int64_t elements() const { return recurrent.elements() + projection.elements(); }
 };
 
 // Rates the choice of threads is made by: rough figures of one core of a server of the 2020s, good
@@ -96,10 +106,36 @@ FN int lanes_at(int64_t units, int64_t u, int width) {
   return units - u < width ? static_cast<int>(units - u) : width;
 }
 
+// Where a scan is: its i-th step, which is step t of the sequence, of stack entry s.
+struct Step {
+  int64_t i, t, s;
+};
+
+// Rows [from, to) and `vectors` vectors of units from u on. (Row by row: all vectors of a row
+// before the next. Lines of many rows at the same place modulo 4 KiB would wait for one another.)
+struct Span {
+  int64_t from, to, u;
+  int vectors;
+
+  // Calls each(b, u, lanes, own) for every row and vector; `sums` has `gates` vectors for each.
+  template <class T, class Each>
+  FN void each(int64_t units, int gates, T* sums, const Each& each) const {
+    constexpr int kWidth = Vec<T>::kWidth;
+    for (int64_t b = from; b < to; ++b) {
+      for (int v = 0; v < vectors; ++v, sums += gates * kWidth) {
+        const int64_t unit = u + v * kWidth;
+        each(b, unit, lanes_at(units, unit, kWidth), sums);
+      }
+    }
+  }
+};
+
 // Runs a scan: Scan has layer, phases, phase[], kBackward, and for one row b of entry s
 //   start(s, b)                                  before the first step
 //   ahead(phase, t, s, b, u, units)              asks for what rows() will read from memory
-//   rows(phase, i, t, s, b, u, vectors, tile)    epilogue of units [u, ...) of the i-th step, at t
+//   rows(phase, step, span, sums, projected)     epilogue of some rows and units; `projected` are
+//                                                their gates_x, or null where those are in memory
+//   input, input_row(t, b), add_bias(...)        forward: what is projected
 //   finish(s, b, u, vectors, tile)               backward: units of phase 0 after the last step
 //   end(s, b)                                    after all
 template <class T, class Scan>
@@ -145,7 +181,7 @@ class Runner {
     for (int64_t chunks = 1; chunks <= (threads < batch ? threads : batch); ++chunks) {
       const int64_t groups = stack * chunks, rows = (batch + chunks - 1) / chunks;
       for (int64_t slices = 1; slices == 1 || groups * slices <= threads; ++slices) {
-        if (slices > scan_.phase[0].blocks.count) break;
+        if (slices > scan_.phase[0].recurrent.blocks.count) break;
         const int64_t rounds = slices == 1 ? (groups + threads - 1) / threads : 1;
         double seconds = region + rounds * step_seconds(rows, slices);
         if (slices > 1) seconds += scan_.phases * kSecondsPerMeeting;
@@ -162,10 +198,9 @@ class Runner {
   double step_seconds(int64_t rows, int64_t slices) const {
     double bytes = 0;
     for (int p = 0; p < scan_.phases; ++p) {
-      const Blocks& blocks = scan_.phase[p].blocks;
-      const int64_t most = (blocks.count + slices - 1) / slices;
-      bytes +=
-          static_cast<double>(sizeof(T)) * scan_.phase[p].panel_elements() * most / blocks.count;
+      const int64_t count = scan_.phase[p].recurrent.blocks.count;
+      const int64_t most = (count + slices - 1) / slices;
+      bytes += static_cast<double>(sizeof(T)) * scan_.phase[p].elements() * most / count;
     }
     double rate = bytes < 0.75 * l2_bytes() ? kCacheBytesPerSecond : kMemoryBytesPerSecond;
     if (direct_ && rate > kDirectBytesPerSecond) rate = kDirectBytesPerSecond;
@@ -177,7 +212,7 @@ class Runner {
 
   bool along_or_beside() const {
     for (int p = 0; p < scan_.phases; ++p) {
-      const Weights& w = scan_.phase[p].weights;
+      const Weights& w = scan_.phase[p].recurrent.weights;
       if (w.unit != 1 && w.column != 1) return false;
     }
     return true;
@@ -209,7 +244,7 @@ class Runner {
     const int64_t members = split.members, slices = split.slices;
     for (int p = 0; p < scan_.phases; ++p) {
       const Phase<T>& phase = scan_.phase[p];
-      const int64_t count = phase.blocks.count;
+      const int64_t count = phase.recurrent.blocks.count;
       for (int64_t task = 0; task < layer_.stack * count; ++task) {
         const int64_t s = task / count, block = task % count;
         int64_t owner = task % members;
@@ -218,7 +253,8 @@ class Runner {
               (s * split.chunks + block % split.chunks) * slices + slice_of(block, count, slices);
         }
         if (owner != rank) continue;
-        pack_panel(phase.weights, s * phase.entry, phase.blocks, block, phase.panel(s, block));
+        phase.recurrent.pack(s, block);
+        if (phase.projection.depth() > 0) phase.projection.pack(s, block);
       }
     }
   }
@@ -261,82 +297,109 @@ class Runner {
     for (int64_t b = first; b < last; ++b) scan_.end(share.s, b);
   }
 
+  // A share's blocks at one step, in an order that turns round from step to step: of weights that
+  // do not fit the second-level cache, those used last are still there.
   FN void blocks(int p, int64_t i, const Share& share) const {
-    const int64_t count = scan_.phase[p].blocks.count;
-    const int64_t end = count * (share.slice + 1) / share.slices;
-    for (int64_t block = count * share.slice / share.slices; block < end; ++block) {
-      tiles(p, i, share.s, block, share.from, share.to);
+    const int64_t count = scan_.phase[p].recurrent.blocks.count;
+    const int64_t first = count * share.slice / share.slices;
+    const int64_t all = count * (share.slice + 1) / share.slices - first;
+    const auto block = [&](int64_t k) FN_LAMBDA { return first + (i & 1 ? all - 1 - k : k); };
+    for (int64_t k = 0; k < all; ++k) {
+      tiles(p, i, share.s, block(k), block(k + 1 < all ? k + 1 : k), share.from, share.to);
     }
   }
 
   // One block of units of phase p for rows [from, to), at the i-th step; i == steps finishes.
-  void tiles(int p, int64_t i, int64_t s, int64_t block, int64_t from, int64_t to) const {
+  // `then` is the block that follows.
+  void tiles(int p, int64_t i, int64_t s, int64_t block, int64_t then, int64_t from,
+             int64_t to) const {
     const int64_t groups = (to - from + kGroupRows - 1) / kGroupRows;
     for (int64_t g = 0; g < groups; ++g) {
-      group(p, i, s, block, from + (to - from) * g / groups, from + (to - from) * (g + 1) / groups);
+      group(p, i, s, block, g + 1 < groups ? block : then, from + (to - from) * g / groups,
+            from + (to - from) * (g + 1) / groups);
     }
   }
 
-  void group(int p, int64_t i, int64_t s, int64_t block, int64_t from, int64_t to) const {
+  void group(int p, int64_t i, int64_t s, int64_t block, int64_t then, int64_t from,
+             int64_t to) const {
     const Phase<T>& phase = scan_.phase[p];
-    const int units = phase.blocks.depth_vectors(block), vectors = units * phase.weights.gates;
-    const int64_t u = phase.blocks.first_unit(block), width = vectors * Vec<T>::kWidth;
+    const Panels<T>&w = phase.recurrent, &w_ih = phase.projection;
+    const int units = w.blocks.depth_vectors(block);
+    const int64_t u = w.blocks.first_unit(block), width = w.vectors(block) * Vec<T>::kWidth;
     const bool finishing = i == layer_.steps;
     const int64_t t = finishing ? 0 : step_at(i, s);
-    alignas(64) T sums[kGroupRows * kMaxVectors * Vec<T>::kWidth];
-    if (!finishing) {
-      for (int64_t b = from; b < to; ++b) {
-        scan_.ahead(p, t, s, b, u, lanes_at(layer_.hidden, u, units * Vec<T>::kWidth));
+    constexpr int64_t kSums = kGroupRows * kMaxVectors * Vec<T>::kWidth;
+    alignas(64) T sums[kSums], projected[Scan::kBackward ? 1 : kSums];
+    const auto ahead = [&](int64_t first, int64_t last) FN_LAMBDA {
+      if (finishing) return;
+      const int lanes = lanes_at(layer_.hidden, u, units * Vec<T>::kWidth);
+      for (int64_t b = first; b < last; ++b) scan_.ahead(p, t, s, b, u, lanes);
+    };
+    const T* operand = phase.operand.row(s, from, phase.alternating ? i & 1 : 0);
+    const T* own = direct_ ? nullptr : w.at(s, block);
+    const T* following = direct_ ? nullptr : (w_ih.depth() > 0 ? w_ih : w).at(s, then);
+    bool projects = false;
+    if constexpr (!Scan::kBackward) {
+      projects = w_ih.depth() > 0;
+      if (projects) {
+        multiply(w_ih, t, s, block, scan_.input_row(t, from), scan_.input.x.row, own, from, to,
+                 projected, [](int64_t, int64_t) FN_LAMBDA {});
+        scan_.add_bias(s, u, units, to - from, projected);
       }
     }
     if (Scan::kBackward && p == 0 && i == 0) {
+      ahead(from, to);
       for (int64_t e = 0; e < (to - from) * width; ++e) sums[e] = T(0);
+    } else if (direct_) {
+      ahead(from, to);
+      direct_product<T>(static_cast<int>(to - from), w.weights, s * w.entry, w.blocks, block,
+                        operand, phase.operand.ld, sums);
     } else {
-      multiply(phase, i, t, s, block, from, to, sums);
+      multiply(w, t, s, block, operand, phase.operand.ld, following, from, to, sums, ahead);
     }
-    for (int64_t b = from; b < to; ++b) {
-      if constexpr (Scan::kBackward) {
-        if (finishing) {
+    if constexpr (Scan::kBackward) {
+      if (finishing) {
+        for (int64_t b = from; b < to; ++b) {
           scan_.finish(s, b, u, units, sums + (b - from) * width);
-          continue;
         }
+        return;
       }
-      scan_.rows(p, i, t, s, b, u, units, sums + (b - from) * width);
     }
+    scan_.rows(p, Step{i, t, s}, Span{from, to, u, units}, sums, projects ? projected : nullptr);
   }
 
-  // sums[b - from] = the operand's row b times a block of weights.
-  FN void multiply(const Phase<T>& phase, int64_t i, int64_t t, int64_t s, int64_t block,
-                   int64_t from, int64_t to, T* sums) const {
-    const int vectors = phase.blocks.depth_vectors(block) * phase.weights.gates;
-    const int64_t width = vectors * Vec<T>::kWidth;
-    const int64_t depth = phase.weights.depth, ld = phase.operand.ld;
-    const T* operand = phase.operand.row(s, from, phase.alternating ? i & 1 : 0);
-    if (direct_) {
-      const int rows = static_cast<int>(to - from);
-      return direct_product<T>(rows, phase.weights, s * phase.entry, phase.blocks, block, operand,
-                               ld, sums);
-    }
+  // sums[b - from] = row b of an operand, which begins with row `from`, times a block of weights.
+  // ask(b, c) is called once for all rows, some at a time; `next` are the weights used next.
+  template <class Ask>
+  FN void multiply(const Panels<T>& w, int64_t t, int64_t s, int64_t block, const T* operand,
+                   int64_t ld, const T* next, int64_t from, int64_t to, T* sums,
+                   const Ask& ask) const {
+    const int vectors = w.vectors(block);
+    const int64_t width = vectors * Vec<T>::kWidth, depth = w.depth();
     // Tiles as even as can be: a remainder of one row would run at a fraction of the speed.
     const int64_t count = (to - from + kTileRows[vectors] - 1) / kTileRows[vectors];
     const int64_t slice = count == 1 ? depth : kSliceK;
-    const T* panel = phase.panel(s, block);
+    const T* panel = w.at(s, block);
     for (int64_t k = 0; k < depth; k += slice) {
       const int64_t deep = depth - k < slice ? depth - k : slice;
+      const T* after = k + deep < depth ? panel + (k + deep) * width : next;
       for (int64_t tile = 0; tile < count; ++tile) {
-        const int64_t first = (to - from) * tile / count;
-        const int rows = static_cast<int>((to - from) * (tile + 1) / count - first);
+        const int64_t first = (to - from) * tile / count, last = (to - from) * (tile + 1) / count;
+        const int rows = static_cast<int>(last - first);
+        if (k == 0) ask(from + first, from + last);
         if (!Scan::kBackward && !any_active(t, from + first, rows)) continue;
+        const Ahead ahead(after, deep * width * sizeof(T), count, tile, deep);
         tile_product<T>(rows, vectors, operand + first * ld + k, ld, 1, panel + k * width, deep,
-                        sums + first * width, k > 0);
+                        sums + first * width, k > 0, ahead);
       }
     }
   }
 
   // Whether a forward step needs the product for any of these rows.
   bool any_active(int64_t t, int64_t b, int rows) const {
+    const Marks marks(layer_, t, -1);
     for (int m = 0; m < rows; ++m) {
-      if (!ended(layer_, t, b + m)) return true;
+      if (!marks.ended(b + m)) return true;
     }
     return false;
   }
@@ -353,62 +416,101 @@ void run_scan(const Scan& scan) {
   Runner<T, Scan>(scan).run();
 }
 
-// What the forward scans share: the hidden state, its output and its final value.
-template <class T>
+// What the forward scans share: the hidden state, its output and its final value. kPlain: all
+// tensors are of dtype T.
+template <class T, bool kPlain>
 struct ForwardScan {
   using V = Vec<T>;
+  using Lines = LinesOf<T, kPlain>;
   static constexpr bool kBackward = false;
   static constexpr int kWidth = V::kWidth;
   const Layer& layer;
   Rows h0, y, h_n;  // [S, B, P] [T, B, S, P] [S, B, P]
   State<T> h;       // [S, B, P] alternating: h entering the step, zeroed where a segment starts
+  Input input;
   int phases = 1;
   Phase<T> phase[2];
 
-  ForwardScan(Workspace<T>& memory, const Layer& l, const Rows& h0_, const Rows& y_,
-              const Rows& h_n_)
-      : layer(l), h0(h0_), y(y_), h_n(h_n_), h(memory, l, l.out, true) {}
+  ForwardScan(Workspace<T>& memory, const Layer& l, const Input& input_, const Rows& h0_,
+              const Rows& y_, const Rows& h_n_)
+      : layer(l), h0(h0_), y(y_), h_n(h_n_), h(memory, l, l.out, true), input(input_) {}
+
+  // The first phase, of all gates: W_hh, and W_ih where the scan projects its input.
+  Phase<T> first_phase(Workspace<T>& memory, const Rows& w_hh, int gates) const {
+    const auto panels = [&](const Rows& w, int64_t depth) {
+      return Panels<T>(memory, layer, w, 0, gates, layer.hidden, depth, layer.hidden * w.row, w.row,
+                       1);
+    };
+    Phase<T> found{panels(w_hh, layer.out), {}, h, true};
+    if (input.size > 0) found.projection = panels(input.w_ih, input.size);
+    return found;
+  }
+  FN const T* input_row(int64_t t, int64_t b) const {
+    return static_cast<const T*>(input.x.data) + t * input.x.step + b * input.x.row;
+  }
+  // sums [rows][vector of units][gate] += the projection's bias, of units from u on.
+  FN void add_bias(int64_t s, int64_t u, int vectors, int64_t rows, T* sums) const {
+    if (input.bias.data == nullptr) return;
+    const int gates = phase[0].recurrent.weights.gates;
+    const LinesOf<T, true> bias(input.bias, 0, s);
+    V of[kMaxVectors];
+    for (int v = 0; v < vectors * gates; ++v) {
+      const int64_t unit = u + v / gates * kWidth;
+      of[v] = bias.load(0, v % gates * layer.hidden + unit, lanes_at(layer.hidden, unit, kWidth));
+    }
+    for (int64_t b = 0; b < rows; ++b) {
+      for (int v = 0; v < vectors * gates; ++v, sums += kWidth) (V::load(sums) + of[v]).store(sums);
+    }
+  }
 
   FN bool reverse(int64_t s) const { return layer.reverse[s] != 0; }
-  FN bool last(int64_t i) const { return i + 1 == layer.steps; }
-  // The state after step t is zeroed before the next step.
-  FN bool cut_after(int64_t t, int64_t s, int64_t b) const {
-    const int64_t next = reverse(s) ? t - 1 : t + 1;
-    return next >= 0 && next < layer.steps && was_reset(layer, reverse(s), next, b);
-  }
-  // target[0, n) = the initial state of row b, zeroed where the first step starts a segment.
+  FN bool last(const Step& at) const { return at.i + 1 == layer.steps; }
+  FN Marks marks(const Step& at) const { return forward_marks(layer, reverse(at.s), at.t); }
+  // target[0, n) = the initial state of row b, zeroed where the first step starts a segment; zeros
+  // in the rest of a last vector, which stay zeros.
   FN void start_state(T* target, const Rows& initial, int64_t s, int64_t b, int64_t n) const {
     const int64_t t = reverse(s) ? layer.steps - 1 : 0;
-    const bool cut = was_reset(layer, reverse(s), t, b);
-    const Row from(initial, 0, b, s);
+    const bool cut = backward_marks(layer, reverse(s), t).starts(b);
+    const Lines from(initial, 0, s);
     for (int64_t u = 0; u < n; u += kWidth) {
-      const int lanes = lanes_at(n, u, kWidth);
-      (cut ? V(T(0)) : from.load_or_zero<T>(u, lanes)).store(target + u, lanes);
+      (cut ? V(T(0)) : from.load_or_zero(b, u, lanes_at(n, u, kWidth))).store(target + u);
     }
   }
   void start(int64_t s, int64_t b) const { start_state(h.row(s, b), h0, s, b, layer.out); }
   void end(int64_t, int64_t) const {}
 
-  FN V h_prev(int64_t i, int64_t s, int64_t b, int64_t u, int n) const {
-    return V::load(h.row(s, b, i & 1) + u, n);
-  }
-  // Hand on the new hidden state of units [u, u + n); over: the step was not taken.
-  FN void put_h(int64_t i, int64_t t, int64_t s, int64_t b, int64_t u, int n, bool over, bool cut,
-                V value) const {
-    const V zero(T(0));
-    if (over) value = h_prev(i, s, b, u, n);
-    Row(y, t, b, s).store<T>(u, n, over ? zero : value);
-    (cut ? zero : value).store(h.row(s, b, (i + 1) & 1) + u, n);
-    if (last(i)) Row(h_n, 0, b, s).store<T>(u, n, value);
-  }
+  // The hidden state, handed from step to step by vectors of n units from u on.
+  struct Hidden {
+    const T* before;
+    T* after;
+    int64_t ld;
+    Lines y, final;  // final: absent but at the last step
+
+    FN Hidden(const ForwardScan& scan, const Step& at)
+        : before(scan.h.row(at.s, 0, at.i & 1)),
+          after(scan.h.row(at.s, 0, (at.i + 1) & 1)),
+          ld(scan.h.ld),
+          y(scan.y, at.t, at.s),
+          final(scan.last(at) ? scan.h_n : Rows{}, 0, at.s) {}
+    FN V previous(int64_t b, int64_t u) const { return V::load(before + b * ld + u); }
+    // over: the step was not taken; cut: the next one begins a segment.
+    FN void put(int64_t b, int64_t u, int n, bool over, bool cut, V value) const {
+      const V zero(T(0));
+      if (over) value = previous(b, u);
+      y.store(b, u, n, zero_if(over, value));
+      zero_if(cut, value).store(after + b * ld + u);
+      if (final) final.store(b, u, n, value);
+    }
+  };
 };
 
 // What the backward scans share. The gradient that reaches the state after a step is `carried`
 // (what does not pass the recurrent weights) plus the product of `operand`, the gate gradients of
 // the step processed before; both are zero where a segment began there.
-template <class T>
+template <class T, bool kPlain>
 struct BackwardScan {
   using V = Vec<T>;
+  using Lines = LinesOf<T, kPlain>;
   static constexpr bool kBackward = true;
   static constexpr int kWidth = V::kWidth;
   const Layer& layer;
@@ -427,43 +529,64 @@ struct BackwardScan {
         carried(memory, l, l.out, false) {}
 
   FN bool reverse(int64_t s) const { return layer.reverse[s] != 0; }
+  FN Marks marks(const Step& at) const { return backward_marks(layer, reverse(at.s), at.t); }
+  // target[0, n) = what of row b a tensor has, or zeros; zeros in the rest of a last vector.
   FN void start_state(T* target, const Rows& initial, int64_t s, int64_t b, int64_t n) const {
-    const Row from(initial, 0, b, s);
+    const Lines from(initial, 0, s);
     for (int64_t u = 0; u < n; u += kWidth) {
-      const int lanes = lanes_at(n, u, kWidth);
-      from.load_or_zero<T>(u, lanes).store(target + u, lanes);
+      from.load_or_zero(b, u, lanes_at(n, u, kWidth)).store(target + u);
     }
   }
   void start(int64_t s, int64_t b) const { start_state(carried.row(s, b), dh_n, s, b, layer.out); }
   void end(int64_t, int64_t) const {}
 
-  // The whole gradient of the state after the step; dy counts only where the step was taken.
-  FN V gradient(int64_t t, int64_t s, int64_t b, int64_t u, int n, bool over, V product) const {
-    V dh = V::load(carried.row(s, b) + u, n) + product;
-    if (!over) dh = dh + Row(dy, t, b, s).load_or_zero<T>(u, n);
-    return dh;
-  }
-  FN void carry(int64_t s, int64_t b, int64_t u, int n, V value) const {
-    value.store(carried.row(s, b) + u, n);
-  }
-  FN T* next_operand(int64_t i, int64_t s, int64_t b) const {
-    return operand.row(s, b, (i + 1) & 1);
-  }
+  // The gradient of the state after a step, by vectors of n units from u on.
+  struct Reaching {
+    T* rest;
+    int64_t ld;
+    Lines dy;
+
+    FN Reaching(const BackwardScan& scan, const Step& at)
+        : rest(scan.carried.row(at.s, 0)), ld(scan.carried.ld), dy(scan.dy, at.t, at.s) {}
+    // All of it; dy counts only where the step was taken (not `over`).
+    FN V all(int64_t b, int64_t u, int n, bool over, V product) const {
+      const V dh = carried(b, u) + product;
+      return over ? dh : dh + dy.load_or_zero(b, u, n);
+    }
+    FN V carried(int64_t b, int64_t u) const { return V::load(rest + b * ld + u); }
+    FN void carry(int64_t b, int64_t u, V value) const { value.store(rest + b * ld + u); }
+  };
+  // The gate gradients that the next step multiplies: rows of [G*H], operand.ld apart.
+  FN T* next_operand(const Step& at) const { return operand.row(at.s, 0, (at.i + 1) & 1); }
   void finish(int64_t s, int64_t b, int64_t u, int vectors, const T* sums) const {
+    const Lines to(dh0, 0, s);
     for (int v = 0; v < vectors; ++v, u += kWidth, sums += kWidth) {
-      const int n = lanes_at(layer.out, u, kWidth);
-      Row(dh0, 0, b, s).store<T>(u, n, V::load(carried.row(s, b) + u, n) + V::load(sums));
+      const V carry = V::load(carried.row(s, b) + u);
+      to.store(b, u, lanes_at(layer.out, u, kWidth), carry + V::load(sums));
     }
   }
-  // The step whose state entered step t, if any did.
+  // The step whose state entered step t, or -1 where that was the initial state.
   FN int64_t step_before(int64_t t, int64_t s) const {
-    const int64_t at = reverse(s) ? t + 1 : t - 1;
-    return at < 0 || at >= layer.steps ? t : at;
+    if (!reverse(s)) return t - 1;
+    return t + 1 < layer.steps ? t + 1 : -1;
   }
-  // The state that entered step t: a step's value, the initial one, or absent (zero).
-  FN Row entering(const Rows& states, const Rows& initial, int64_t t, int64_t s, int64_t b) const {
-    if (was_reset(layer, reverse(s), t, b)) return Row(Rows{}, 0, 0, 0);
-    const int64_t from = entered_from(layer, reverse(s), t, b);
-    return from < 0 ? Row(initial, 0, b, s) : Row(states, from, b, s);
-  }
+  // The state that entered a step: another step's, the initial one, or none (zero).
+  struct Entering {
+    Lines states, initial;
+    Marks marks, before;  // of the step; of the one before, where a row may have ended
+    bool first;
+
+    FN Entering(const BackwardScan& scan, const Rows& states_, const Rows& initial_, const Step& at)
+        : states(states_, scan.step_before(at.t, at.s), at.s),
+          initial(initial_, 0, at.s),
+          marks(scan.marks(at)),
+          first(scan.step_before(at.t, at.s) < 0) {
+      if (scan.reverse(at.s) && !first) before = Marks(scan.layer, at.t + 1, -1);
+    }
+    FN V load(int64_t b, int64_t u, int n) const {
+      if (marks.starts(b)) return V(T(0));
+      const bool start = first || before.ended(b);
+      return start ? initial.load_or_zero(b, u, n) : states.load_or_zero(b, u, n);
+    }
+  };
 };

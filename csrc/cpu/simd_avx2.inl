@@ -85,45 +85,21 @@ FN VecD if_at_most(VecD a, VecD b, VecD x, VecD y) {
   return _mm256_blendv_pd(y.v, x.v, _mm256_cmp_pd(a.v, b.v, _CMP_LE_OQ));
 }
 
-FN VecF abs(VecF x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x.v); }
-FN VecD abs(VecD x) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), x.v); }
-FN VecF copysign(VecF x, VecF sign) {
-  const __m256 bit = _mm256_set1_ps(-0.0f);
-  return _mm256_or_ps(_mm256_andnot_ps(bit, x.v), _mm256_and_ps(bit, sign.v));
+template <class T>
+FN Vec<T> reciprocal(Vec<T> x) {
+  return Vec<T>(T(1)) / x;
 }
-FN VecD copysign(VecD x, VecD sign) {
-  const __m256d bit = _mm256_set1_pd(-0.0);
-  return _mm256_or_pd(_mm256_andnot_pd(bit, x.v), _mm256_and_pd(bit, sign.v));
+template <class T>
+FN Vec<T> quotient(Vec<T> a, Vec<T> x) {
+  return a / x;
 }
 
-FN VecF reciprocal(VecF x) { return VecF(1.0f) / x; }
-FN VecD reciprocal(VecD x) { return VecD(1.0) / x; }
-
-// To the nearest whole number.
-FN VecF round(VecF x) {
-  return _mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+// The low bits of the mantissa become sign and exponent, of a power of two.
+FN VecF mantissa_to_exponent(VecF x) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x.v), 23));
 }
-FN VecD round(VecD x) {
-  return _mm256_round_pd(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
-
-// 2^k for whole k of normal range: adding 2^23 + 127 puts the biased exponent in the low bits.
-FN VecF pow2(VecF k) {
-  const __m256i bits = _mm256_castps_si256((k + VecF(8388735.0f)).v);
-  return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 23));
-}
-FN VecD pow2(VecD k) {
-  const __m256i bits = _mm256_castpd_si256((k + VecD(4503599627371519.0)).v);
-  return _mm256_castsi256_pd(_mm256_slli_epi64(bits, 52));
-}
-// x * 2^n for whole n, in two factors so that denormal results come out.
-FN VecF scale(VecF x, VecF n) {
-  const VecF half = round(n * VecF(0.5f));
-  return x * pow2(half) * pow2(n - half);
-}
-FN VecD scale(VecD x, VecD n) {
-  const VecD half = round(n * VecD(0.5));
-  return x * pow2(half) * pow2(n - half);
+FN VecD mantissa_to_exponent(VecD x) {
+  return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(x.v), 52));
 }
 
 // r becomes its own transpose: lane j of r[i] and lane i of r[j] change places.

@@ -69,31 +69,26 @@ FN VecD if_at_most(VecD a, VecD b, VecD x, VecD y) {
   return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(a.v, b.v, _CMP_LE_OQ), y.v, x.v);
 }
 
-FN VecF abs(VecF x) { return _mm512_abs_ps(x.v); }
-FN VecD abs(VecD x) { return _mm512_abs_pd(x.v); }
-FN VecF copysign(VecF x, VecF sign) {
-  const __m512 bit = _mm512_set1_ps(-0.0f);
-  return _mm512_or_ps(_mm512_andnot_ps(bit, x.v), _mm512_and_ps(bit, sign.v));
-}
-FN VecD copysign(VecD x, VecD sign) {
-  const __m512d bit = _mm512_set1_pd(-0.0);
-  return _mm512_or_pd(_mm512_andnot_pd(bit, x.v), _mm512_and_pd(bit, sign.v));
-}
-
-// 1 / x for x in [1, 2^100] or NaN, within an ulp; a division takes as long as ten multiplications.
+// 1 / x and a / x for x of [2^-10, 2^126] or NaN, within an ulp; a division takes as long as ten
+// multiplications.
 FN VecF reciprocal(VecF x) {
   const __m512 y = _mm512_rcp14_ps(x.v);
   return _mm512_fmadd_ps(y, _mm512_fnmadd_ps(x.v, y, _mm512_set1_ps(1.0f)), y);
 }
 FN VecD reciprocal(VecD x) { return VecD(1.0) / x; }
+FN VecF quotient(VecF a, VecF x) {
+  const __m512 y = _mm512_rcp14_ps(x.v), q = _mm512_mul_ps(a.v, y);
+  return _mm512_fmadd_ps(y, _mm512_fnmadd_ps(x.v, q, a.v), q);
+}
+FN VecD quotient(VecD a, VecD x) { return a / x; }
 
-// To the nearest whole number.
-FN VecF round(VecF x) { return _mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT); }
-FN VecD round(VecD x) { return _mm512_roundscale_pd(x.v, _MM_FROUND_TO_NEAREST_INT); }
-
-// x * 2^n for whole n, denormal results included.
-FN VecF scale(VecF x, VecF n) { return _mm512_scalef_ps(x.v, n.v); }
-FN VecD scale(VecD x, VecD n) { return _mm512_scalef_pd(x.v, n.v); }
+// The low bits of the mantissa become sign and exponent, of a power of two.
+FN VecF mantissa_to_exponent(VecF x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 23));
+}
+FN VecD mantissa_to_exponent(VecD x) {
+  return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(x.v), 52));
+}
 
 // r becomes its own transpose: lane j of r[i] and lane i of r[j] change places.
 FN void transpose(VecF (&r)[16]) {

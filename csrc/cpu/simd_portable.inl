@@ -7,20 +7,12 @@ template <>
 struct VecOf<float> {
   typedef float Lanes __attribute__((vector_size(16)));
   typedef int32_t Bits __attribute__((vector_size(16)));
-  static constexpr int32_t kSign = INT32_MIN;
-  // Adding and subtracting 1.5 * 2^23 rounds to a whole number.
-  static constexpr float kRound = 12582912.0f;
-  // Adding 2^23 + 127 puts a biased exponent in the low bits.
-  static constexpr float kExponent = 8388735.0f;
   static constexpr int kMantissa = 23;
 };
 template <>
 struct VecOf<double> {
   typedef double Lanes __attribute__((vector_size(16)));
   typedef int64_t Bits __attribute__((vector_size(16)));
-  static constexpr int64_t kSign = INT64_MIN;
-  static constexpr double kRound = 6755399441055744.0;
-  static constexpr double kExponent = 4503599627371519.0;
   static constexpr int kMantissa = 52;
 };
 
@@ -109,39 +101,19 @@ FN Vec<T> at_most(Vec<T> x, Vec<T> high) {
 }
 
 template <class T>
-FN Vec<T> abs(Vec<T> x) {
-  using V = Vec<T>;
-  return (typename V::Lanes)((typename V::Bits)x.v & ~VecOf<T>::kSign);
-}
-template <class T>
-FN Vec<T> copysign(Vec<T> x, Vec<T> sign) {
-  using V = Vec<T>;
-  return (typename V::Lanes)(((typename V::Bits)x.v & ~VecOf<T>::kSign) |
-                             ((typename V::Bits)sign.v & VecOf<T>::kSign));
-}
-
-template <class T>
 FN Vec<T> reciprocal(Vec<T> x) {
   return Vec<T>(T(1)) / x;
 }
+template <class T>
+FN Vec<T> quotient(Vec<T> a, Vec<T> x) {
+  return a / x;
+}
 
-// To the nearest whole number, for |x| far below 2^22 (2^51).
+// The low bits of the mantissa become sign and exponent, of a power of two.
 template <class T>
-FN Vec<T> round(Vec<T> x) {
-  const Vec<T> big(VecOf<T>::kRound);
-  return (x + big) - big;
-}
-template <class T>
-FN Vec<T> pow2(Vec<T> k) {
+FN Vec<T> mantissa_to_exponent(Vec<T> x) {
   using V = Vec<T>;
-  return (typename V::Lanes)((typename V::Bits)(k + V(VecOf<T>::kExponent)).v
-                             << VecOf<T>::kMantissa);
-}
-// x * 2^n for whole n, in two factors so that denormal results come out.
-template <class T>
-FN Vec<T> scale(Vec<T> x, Vec<T> n) {
-  const Vec<T> half = round(n * Vec<T>(T(0.5)));
-  return x * pow2(half) * pow2(n - half);
+  return (typename V::Lanes)((typename V::Bits)x.v << VecOf<T>::kMantissa);
 }
 
 // r becomes its own transpose: lane j of r[i] and lane i of r[j] change places.

@@ -76,26 +76,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_forward(
   }
   if (l.batch == 0 || l.stack == 0) return {y, h_n, c_n, cells, gates};
 
-  const Buffer projected(l.stack * step.rows * width * size), bias(width * size);
+  const Buffer bias(l.stack * width * size);
   const Sequence sequence(x, io, false);
   const Tensor w = as_contiguous(w_ih);
-  Tensor b1, b2;
-  if (b_ih) b1 = as_contiguous(*b_ih), b2 = as_contiguous(*b_hh);
-  const int64_t folded = cell == 1 ? 2 * l.hidden : width;
-  const Projection projection{sequence.matrix, step.rows, step.inputs, width, folded, io, acc};
-  for (int64_t s = 0; s < l.stack; ++s) {
-    const auto entry = [&](const Tensor& t, int64_t n) -> const void* {
-      return static_cast<char*>(data_of(t)) + s * n * size_of(io);
-    };
-    projection.run(entry(w, width * step.inputs), b_ih ? entry(b1, width) : nullptr,
-                   b_ih ? entry(b2, width) : nullptr, bias.at(),
-                   projected.at(s * step.rows * width * size));
-  }
-  const bool first = sequence.batch_first;
   AnyForward p;
   p.layer = l, p.h0 = start, p.w_hh = step.w_hh, p.relu = relu;
-  p.gates_x = Rows{projected.at(), acc, (first ? 1 : l.batch) * width,
-                   (first ? l.steps : 1) * width, step.rows * width};
+  p.input = Input{step.inputs, sequence.rows,
+                  Rows{data_of(w), io, 0, step.inputs, width * step.inputs}, Rows{}};
+  Tensor b1, b2;
+  if (b_ih) {
+    b1 = as_contiguous(*b_ih), b2 = as_contiguous(*b_hh);
+    const int64_t folded = cell == 1 ? 2 * l.hidden : width;
+    for (int64_t s = 0; s < l.stack; ++s) {
+      const auto entry = [&](const Tensor& t) {
+        return static_cast<char*>(data_of(t)) + s * width * size_of(io);
+      };
+      add_biases(entry(b1), entry(b2), io, width, folded, acc, bias.at(s * width * size));
+    }
+    p.input.bias = Rows{bias.at(), acc, 0, 0, width};
+  }
   p.y = y_rows, p.h_n = h_rows, p.c_n = c_rows, p.cells = cells_rows, p.gates = gates_rows;
   if (cell == 0) p.c0 = step.take.entries("c0", *c0, state, "[S, B, H]");
   if (cell == 1 && b_hh) {
@@ -195,8 +194,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backwar
   if (want_w_ih) {
     dw_ih = step.tensor({l.stack, width, step.inputs}, acc);
     const Sequence sequence(x, io, true);
-    multiply(all, step.rows, step.inputs, Matrix{gradients.at(), acc, 0, 1, all}, sequence.matrix,
-             dw_ih.mutable_data_ptr());
+    const RowsInOrder order(sequence.rows, l.steps, l.batch);
+    multiply(all, step.rows, step.inputs, Matrix{gradients.at(), acc, 0, 1, all},
+             Matrix{sequence.rows.data, io, 0, order.row, 1}, dw_ih.mutable_data_ptr());
   }
   if (want_w_hh) {
     dw_hh = step.tensor({l.stack, width, l.hidden}, acc);

@@ -27,13 +27,22 @@ struct ColumnSums {
   void* out = nullptr;
 };
 
+// The input of a forward scan that projects it itself: gates_x, which it then does not read, is
+// x w_ih^T + bias. Not for a GRU with the reset gate before the product; x, w_ih and bias are of
+// the arithmetic's dtype. Bits are those of run_matmul.
+struct Input {
+  int64_t size = 0;    // I, up to kMaxInput; 0: there is none
+  Rows x, w_ih, bias;  // [T, B, I] [S, G*H, I] [S, G*H] (may be null)
+};
+constexpr int64_t kMaxInput = 512;  // the chunk of K of the matrix product
+
 // The kernels of one instruction set. dtype: the type of all arithmetic, kFloat32 or kFloat64.
 struct Kernels {
-  void (*lstm_forward)(const LstmForward&, DType dtype);
+  void (*lstm_forward)(const LstmForward&, const Input&, DType dtype);
   void (*lstm_backward)(const LstmBackward&, DType dtype);
-  void (*gru_forward)(const GruForward&, DType dtype);
+  void (*gru_forward)(const GruForward&, const Input&, DType dtype);
   void (*gru_backward)(const GruBackward&, DType dtype);
-  void (*rnn_forward)(const RnnForward&, DType dtype);
+  void (*rnn_forward)(const RnnForward&, const Input&, DType dtype);
   void (*rnn_backward)(const RnnBackward&, DType dtype);
   void (*matmul)(const Matmul&, DType dtype);
   void (*column_sums)(const ColumnSums&, DType dtype);

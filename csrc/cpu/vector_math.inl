@@ -1,83 +1,85 @@
-// sigmoid, tanh and relu of Vec, within 2 ulp; NaN in gives NaN out, and infinities their limits.
+// sigmoid, tanh and relu of Vec, within 2 ulp; NaN in gives NaN out, infinities what the largest
+// arguments give.
 // Included inside the instruction set's anonymous namespace; see kernels.inl.
 
-// exp(x) for x in [-104, 40] (float), [-746, 80] (double) or NaN. x = n ln 2 + r, |r| <= ln 2 / 2;
-// ln 2 in two parts, the first short enough for n * part to be exact without fma. Coefficients:
-// float from SLEEF's expf (1 ulp), double Taylor to r^13 / 13! (remainder 4e-18).
-FN VecF exp_clamped(VecF x) {
-  const VecF n = round(x * VecF(1.44269504088896340736f));
-  VecF r = fma(n, VecF(-0.693145751953125f), x);
-  r = fma(n, VecF(-1.428606765330187045e-06f), r);
-  VecF q = VecF(0.000198527617612853646278381f);
-  q = fma(q, r, VecF(0.00139304355252534151077271f));
-  q = fma(q, r, VecF(0.00833336077630519866943359f));
-  q = fma(q, r, VecF(0.0416664853692054748535156f));
-  q = fma(q, r, VecF(0.166666671633720397949219f));
-  q = fma(q, r, VecF(0.5f));
-  return scale(VecF(1.0f) + fma(r * r, q, r), n);
+// With x = sign n ln 2 + r, |r| <= ln 2 / 2: exp(sign x) = 2^n exp(sign r).
+template <class T>
+struct ExpParts {
+  Vec<T> power;  // sign 2^n
+  Vec<T> rest;   // sign (exp(sign r) - 1)
+};
+
+// (exp(r) - 1 - r) / r^2 in ascending powers of r. float: minimax on |r| <= ln 2 / 2, 1.4e-8 of
+// exp(r) - 1; double: Taylor's to r^13 / 13! (4e-18).
+template <class T>
+struct ExpSeries;
+template <>
+struct ExpSeries<float> {
+  static constexpr float kTerms[] = {0.500000006189f, 0.166665429246f, 0.0416662818507f,
+                                     0.00836659804554f, 0.0013946472962f};
+  static constexpr float kLog2e = 1.44269504088896340736f;
+  // ln 2 in two parts, the first short enough for n * part to be exact without fma.
+  static constexpr float kLn2 = 0.693145751953125f, kLn2Rest = 1.428606765330187045e-06f;
+  // Added to a whole number of [-126, 127], leaves it with the exponent's bias in the low bits of
+  // the mantissa; kSign more, a set sign bit above it.
+  static constexpr float kBias = 8388735.0f, kSign = 256.0f;
+  static constexpr float kLargest = 87.0f;
+};
+template <>
+struct ExpSeries<double> {
+  static constexpr double kTerms[] = {0.5,
+                                      1.0 / 6.0,
+                                      1.0 / 24.0,
+                                      1.0 / 120.0,
+                                      1.0 / 720.0,
+                                      1.0 / 5040.0,
+                                      1.0 / 40320.0,
+                                      1.0 / 362880.0,
+                                      1.0 / 3628800.0,
+                                      1.0 / 39916800.0,
+                                      1.0 / 479001600.0,
+                                      1.0 / 6227020800.0};
+  static constexpr double kLog2e = 1.44269504088896340736;
+  static constexpr double kLn2 = 0.69314718055966295651160180568695068359375;
+  static constexpr double kLn2Rest = 0.28235290563031577122588448175013436025525412068e-12;
+  static constexpr double kBias = 4503599627371519.0, kSign = 2048.0;
+  static constexpr double kLargest = 708.0;
+};
+
+// For |x| <= kLargest or NaN. A sum with kBias is rounded to a whole number.
+template <int sign, class T>
+FN ExpParts<T> exp_parts(Vec<T> x) {
+  using V = Vec<T>;
+  using S = ExpSeries<T>;
+  constexpr int kLast = sizeof(S::kTerms) / sizeof(T) - 1;
+  const V bias(sign < 0 ? S::kBias + S::kSign : S::kBias);
+  const V sum = fma(x, V(sign * S::kLog2e), bias), n = sum - bias;
+  const V r = fma(n, V(-sign * S::kLn2Rest), fma(n, V(-sign * S::kLn2), x));
+  V q(kLast % 2 == 0 ? sign * S::kTerms[kLast] : S::kTerms[kLast]);
+#pragma GCC unroll 12
+  for (int i = kLast - 1; i >= 0; --i) {
+    q = fma(q, r, V(i % 2 == 0 ? sign * S::kTerms[i] : S::kTerms[i]));
+  }
+  return {mantissa_to_exponent(sum), fma(r * r, q, r)};
 }
 
-FN VecD exp_clamped(VecD x) {
-  const VecD n = round(x * VecD(1.44269504088896340736));
-  VecD r = fma(n, VecD(-0.69314718055966295651160180568695068359375), x);
-  r = fma(n, VecD(-0.28235290563031577122588448175013436025525412068e-12), r);
-  VecD q = VecD(1.0 / 6227020800.0);
-  q = fma(q, r, VecD(1.0 / 479001600.0));
-  q = fma(q, r, VecD(1.0 / 39916800.0));
-  q = fma(q, r, VecD(1.0 / 3628800.0));
-  q = fma(q, r, VecD(1.0 / 362880.0));
-  q = fma(q, r, VecD(1.0 / 40320.0));
-  q = fma(q, r, VecD(1.0 / 5040.0));
-  q = fma(q, r, VecD(1.0 / 720.0));
-  q = fma(q, r, VecD(1.0 / 120.0));
-  q = fma(q, r, VecD(1.0 / 24.0));
-  q = fma(q, r, VecD(1.0 / 6.0));
-  q = fma(q, r, VecD(0.5));
-  return scale(VecD(1.0) + fma(r * r, q, r), n);
-}
-
-// tanh(x) / x - 1 over x^2 for |x| < 0.625 as a function of z = x^2 (Cephes tanhf.c, tanh.c).
-FN VecF tanh_small(VecF z) {
-  VecF p = VecF(-5.70498872745e-3f);
-  p = fma(p, z, VecF(2.06390887954e-2f));
-  p = fma(p, z, VecF(-5.37397155531e-2f));
-  p = fma(p, z, VecF(1.33314422036e-1f));
-  return fma(p, z, VecF(-3.33332819422e-1f));
-}
-FN VecD tanh_small(VecD z) {
-  VecD p = VecD(-9.64399179425052238628e-1);
-  p = fma(p, z, VecD(-9.92877231001918586564e1));
-  p = fma(p, z, VecD(-1.61468768441708447952e3));
-  VecD q = z + VecD(1.12811678491632931402e2);
-  q = fma(q, z, VecD(2.23548839060100448583e3));
-  q = fma(q, z, VecD(4.84406305325125486048e3));
-  return p / q;
-}
-
-// Below these exp rounds to zero; above kTanhHigh 1 - 2 / (exp(x) + 1) rounds to one.
-FN VecF exp_low(VecF) { return VecF(-104.0f); }
-FN VecD exp_low(VecD) { return VecD(-746.0); }
-FN VecF tanh_high(VecF) { return VecF(40.0f); }
-FN VecD tanh_high(VecD) { return VecD(80.0); }
-
-// With e = exp(-|x|) <= 1: 1 / (1 + e), and e / (1 + e) for negative x keeps all its digits.
+// 1 / (1 + exp(-x)). Where exp(-x) is large so is the sum, and its quotient keeps all its digits.
 template <class T>
 FN Vec<T> sigmoid(Vec<T> x) {
-  const Vec<T> zero(T(0)), one(T(1));
-  const Vec<T> e = exp_clamped(at_least(zero - abs(x), exp_low(x)));
-  const Vec<T> s = reciprocal(one + e);
-  return if_less(x, zero, e * s, s);
+  using V = Vec<T>;
+  constexpr T kLargest = ExpSeries<T>::kLargest;
+  const ExpParts<T> e = exp_parts<-1>(at_least(at_most(x, V(kLargest)), V(-kLargest)));
+  return reciprocal(fma(e.power, e.rest, V(T(1)) - e.power));
 }
 
-// An odd polynomial keeps the relative accuracy near zero, where 1 - 2 / (exp(2x) + 1) cancels.
+// E / (E + 2) with E = exp(2x) - 1, which keeps its digits near zero: there 2^n is 1.
 template <class T>
 FN Vec<T> tanh(Vec<T> x) {
-  const Vec<T> one(T(1)), two(T(2)), size = abs(x);
-  const Vec<T> e = exp_clamped(at_most(size * two, tanh_high(x)));
-  const Vec<T> large = one - two * reciprocal(e + one);
-  const Vec<T> z = x * x;
-  const Vec<T> small = fma(x * z, tanh_small(z), x);
-  return if_less(size, Vec<T>(T(0.625)), small, copysign(large, x));
+  using V = Vec<T>;
+  const V near = at_least(at_most(x, V(T(20))), V(T(-20)));  // beyond, the result is +-1
+  const ExpParts<T> e = exp_parts<1>(near + near);
+  const V minus_one = fma(e.power, e.rest, e.power - V(T(1)));
+  return quotient(minus_one, minus_one + V(T(2)));
 }
 
 template <class T>

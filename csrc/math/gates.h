@@ -27,21 +27,37 @@ FUSED_RNN_HD V tanh_slope(V y) {
 }
 
 template <class V>
-struct LstmOut {
-  V i, f, g, o, c, h;
+struct LstmCell {
+  V i, f, g, o, c;
 };
 
-// One LSTM unit: a_* are the gates' pre-activations. h is the hidden state before any projection.
+// One LSTM unit up to its cell state: a_* are the gates' pre-activations.
 template <class V>
-FUSED_RNN_HD LstmOut<V> lstm_forward(V a_i, V a_f, V a_g, V a_o, V c_prev) {
-  LstmOut<V> out;
+FUSED_RNN_HD LstmCell<V> lstm_cell(V a_i, V a_f, V a_g, V a_o, V c_prev) {
+  LstmCell<V> out;
   out.i = sigmoid(a_i);
   out.f = sigmoid(a_f);
   out.g = tanh(a_g);
   out.o = sigmoid(a_o);
   out.c = fma(out.f, c_prev, out.i * out.g);
-  out.h = out.o * tanh(out.c);
   return out;
+}
+
+// The hidden state before any projection.
+template <class V>
+FUSED_RNN_HD V lstm_hidden(V o, V c) {
+  return o * tanh(c);
+}
+
+template <class V>
+struct LstmOut {
+  V i, f, g, o, c, h;
+};
+
+template <class V>
+FUSED_RNN_HD LstmOut<V> lstm_forward(V a_i, V a_f, V a_g, V a_o, V c_prev) {
+  const LstmCell<V> cell = lstm_cell(a_i, a_f, a_g, a_o, c_prev);
+  return {cell.i, cell.f, cell.g, cell.o, cell.c, lstm_hidden(cell.o, cell.c)};
 }
 
 template <class V>
