@@ -112,6 +112,7 @@ struct AnyForward {
   // cache or are asked for while there is much to multiply.
   bool projects_itself(int64_t width, DType acc) const {
     if (input.size == 0 || input.size > kMaxInput) return false;
+    if (layer.steps * layer.batch <= kDirectRows) return false;
     if (input.x.dtype != acc || input.w_ih.dtype != acc) return false;
     const int64_t threads = thread_count(), stack = layer.stack;
     const int64_t rows = layer.batch / (threads > stack ? threads / stack : 1);

@@ -85,7 +85,8 @@ template <class T>
 constexpr double kFlopsPerSecond = 6e9 * Vec<T>::kWidth;
 constexpr double kCacheBytesPerSecond = 8e10;
 constexpr double kMemoryBytesPerSecond = 1.2e10;
-constexpr double kDirectBytesPerSecond = 4e10;                     // of weights that are not packed
+constexpr double kCacheFilled = 0.75;           // of the second-level cache: as much stays there
+constexpr double kDirectBytesPerSecond = 4e10;  // of weights that are not packed
 constexpr double kGateSeconds = 2.5e-9 * 16 / Vec<float>::kWidth;  // of a unit of a row
 constexpr double kSecondsPerRegion = 5e-6;   // to start and join PyTorch's threads
 constexpr double kSecondsPerMeeting = 3e-7;  // of threads that wait for one another
@@ -144,7 +145,7 @@ class Runner {
   explicit Runner(const Scan& scan)
       : scan_(scan),
         layer_(scan.layer),
-        direct_(layer_.steps == 1 && layer_.batch <= kDirectRows && along_or_beside()) {}
+        direct_(layer_.steps == 1 && layer_.batch <= kDirectRows && usable_unpacked()) {}
 
   void run() {
     if (layer_.batch == 0 || layer_.stack == 0) return;
@@ -194,15 +195,20 @@ class Runner {
     }
     return best;
   }
-  // One step of one entry on one of `slices` threads.
-  double step_seconds(int64_t rows, int64_t slices) const {
+  // Bytes of weights that one of `slices` threads reads in a step.
+  double step_bytes(int64_t slices) const {
     double bytes = 0;
     for (int p = 0; p < scan_.phases; ++p) {
       const int64_t count = scan_.phase[p].recurrent.blocks.count;
       const int64_t most = (count + slices - 1) / slices;
       bytes += static_cast<double>(sizeof(T)) * scan_.phase[p].elements() * most / count;
     }
-    double rate = bytes < 0.75 * l2_bytes() ? kCacheBytesPerSecond : kMemoryBytesPerSecond;
+    return bytes;
+  }
+  // One step of one entry on one of `slices` threads.
+  double step_seconds(int64_t rows, int64_t slices) const {
+    const double bytes = step_bytes(slices);
+    double rate = bytes < kCacheFilled * l2_bytes() ? kCacheBytesPerSecond : kMemoryBytesPerSecond;
     if (direct_ && rate > kDirectBytesPerSecond) rate = kDirectBytesPerSecond;
     const double compute = 2 * rows * bytes / sizeof(T) / kFlopsPerSecond<T>,
                  traffic = bytes / rate;
@@ -210,10 +216,11 @@ class Runner {
     return (compute > traffic ? compute : traffic) + gates;
   }
 
-  bool along_or_beside() const {
+  bool usable_unpacked() const {
     for (int p = 0; p < scan_.phases; ++p) {
       const Weights& w = scan_.phase[p].recurrent.weights;
       if (w.unit != 1 && w.column != 1) return false;
+      if (scan_.phase[p].projection.depth() > 0) return false;
     }
     return true;
   }
@@ -233,7 +240,8 @@ class Runner {
                         batch * (chunk + 1) / split.chunks,
                         rank % slices,
                         slices,
-                        meetings_ + rank / slices * slices};
+                        meetings_ + rank / slices * slices,
+                        step_bytes(slices) > kCacheFilled * l2_bytes()};
       sequence(share, g == 0 && slices > 1 ? split.members : 0);
     }
   }
@@ -272,6 +280,7 @@ class Runner {
   struct Share {
     int64_t s, from, to, slice, slices;
     Meeting* meeting;
+    bool asks;  // for weights before their use, which are beyond the second-level cache
   };
 
   // A share, start to end; `arrived` have met before.
@@ -305,23 +314,24 @@ class Runner {
     const int64_t all = count * (share.slice + 1) / share.slices - first;
     const auto block = [&](int64_t k) FN_LAMBDA { return first + (i & 1 ? all - 1 - k : k); };
     for (int64_t k = 0; k < all; ++k) {
-      tiles(p, i, share.s, block(k), block(k + 1 < all ? k + 1 : k), share.from, share.to);
+      tiles(p, i, share, block(k), block(k + 1 < all ? k + 1 : k));
     }
   }
 
-  // One block of units of phase p for rows [from, to), at the i-th step; i == steps finishes.
-  // `then` is the block that follows.
-  void tiles(int p, int64_t i, int64_t s, int64_t block, int64_t then, int64_t from,
-             int64_t to) const {
-    const int64_t groups = (to - from + kGroupRows - 1) / kGroupRows;
+  // One block of units of phase p for a share's rows, at the i-th step; i == steps finishes. `then`
+  // is the block that follows.
+  void tiles(int p, int64_t i, const Share& share, int64_t block, int64_t then) const {
+    const int64_t rows = share.to - share.from, groups = (rows + kGroupRows - 1) / kGroupRows;
     for (int64_t g = 0; g < groups; ++g) {
-      group(p, i, s, block, g + 1 < groups ? block : then, from + (to - from) * g / groups,
-            from + (to - from) * (g + 1) / groups);
+      group(p, i, share, block, g + 1 < groups ? block : then, share.from + rows * g / groups,
+            share.from + rows * (g + 1) / groups);
     }
   }
 
-  void group(int p, int64_t i, int64_t s, int64_t block, int64_t then, int64_t from,
+  // Rows [from, to) of it.
+  void group(int p, int64_t i, const Share& share, int64_t block, int64_t then, int64_t from,
              int64_t to) const {
+    const int64_t s = share.s;
     const Phase<T>& phase = scan_.phase[p];
     const Panels<T>&w = phase.recurrent, &w_ih = phase.projection;
     const int units = w.blocks.depth_vectors(block);
@@ -342,8 +352,8 @@ class Runner {
     if constexpr (!Scan::kBackward) {
       projects = w_ih.depth() > 0;
       if (projects) {
-        multiply(w_ih, t, s, block, scan_.input_row(t, from), scan_.input.x.row, own, from, to,
-                 projected, [](int64_t, int64_t) FN_LAMBDA {});
+        multiply(w_ih, share.asks, t, s, block, scan_.input_row(t, from), scan_.input.x.row, own,
+                 from, to, projected, [](int64_t, int64_t) FN_LAMBDA {});
         scan_.add_bias(s, u, units, to - from, projected);
       }
     }
@@ -355,7 +365,8 @@ class Runner {
       direct_product<T>(static_cast<int>(to - from), w.weights, s * w.entry, w.blocks, block,
                         operand, phase.operand.ld, sums);
     } else {
-      multiply(w, t, s, block, operand, phase.operand.ld, following, from, to, sums, ahead);
+      multiply(w, share.asks, t, s, block, operand, phase.operand.ld, following, from, to, sums,
+               ahead);
     }
     if constexpr (Scan::kBackward) {
       if (finishing) {
@@ -371,8 +382,8 @@ class Runner {
   // sums[b - from] = row b of an operand, which begins with row `from`, times a block of weights.
   // ask(b, c) is called once for all rows, some at a time; `next` are the weights used next.
   template <class Ask>
-  FN void multiply(const Panels<T>& w, int64_t t, int64_t s, int64_t block, const T* operand,
-                   int64_t ld, const T* next, int64_t from, int64_t to, T* sums,
+  FN void multiply(const Panels<T>& w, bool asks, int64_t t, int64_t s, int64_t block,
+                   const T* operand, int64_t ld, const T* next, int64_t from, int64_t to, T* sums,
                    const Ask& ask) const {
     const int vectors = w.vectors(block);
     const int64_t width = vectors * Vec<T>::kWidth, depth = w.depth();
@@ -388,7 +399,8 @@ class Runner {
         const int rows = static_cast<int>(last - first);
         if (k == 0) ask(from + first, from + last);
         if (!Scan::kBackward && !any_active(t, from + first, rows)) continue;
-        const Ahead ahead(after, deep * width * sizeof(T), count, tile, deep);
+        Ahead ahead;
+        if (asks) ahead = Ahead(after, deep * width * sizeof(T), count, tile, deep);
         tile_product<T>(rows, vectors, operand + first * ld + k, ld, 1, panel + k * width, deep,
                         sums + first * width, k > 0, ahead);
       }

@@ -36,6 +36,9 @@ struct Input {
 };
 constexpr int64_t kMaxInput = 512;  // the chunk of K of the matrix product
 
+// Up to so many rows, weights that are used once are not packed first.
+constexpr int64_t kDirectRows = 8;
+
 // The kernels of one instruction set. dtype: the type of all arithmetic, kFloat32 or kFloat64.
 struct Kernels {
   void (*lstm_forward)(const LstmForward&, const Input&, DType dtype);
