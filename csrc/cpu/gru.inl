@@ -11,6 +11,7 @@ struct GruForwardScan : ForwardScan<T, kPlain> {
 
   GruForwardScan(Workspace<T>& memory, const GruForward& q, const Input& input)
       : Base(memory, q.layer, input, q.h0, q.y, q.h_n), p(q) {
+    this->past = goes_past<T>(layer, 4);
     this->phase[0] = this->first_phase(memory, p.w_hh, p.reset_after ? 3 : 2);
     if (!p.reset_after) {
       const int64_t hidden = layer.hidden, row = p.w_hh.row;
@@ -22,52 +23,56 @@ struct GruForwardScan : ForwardScan<T, kPlain> {
     }
   }
 
+  template <class M>
   void rows(int number, const Step& at, const Span& span, T* sums, const T* projected) const {
-    if (p.reset_after) return after(at, span, sums, projected);
-    number == 0 ? before(at, span, sums) : candidate(at, span, sums);
+    if (p.reset_after) return after<M>(at, span, sums, projected);
+    number == 0 ? before<M>(at, span, sums) : candidate<M>(at, span, sums);
   }
 
   FN void ahead(int number, int64_t t, int64_t s, int64_t b, int64_t u, int64_t units) const {
     if (number == 0) ask_for(p.gates_x, t, b, s, u, units, 3, layer.hidden);
   }
 
+  template <class M>
   FN void after(const Step& at, const Span& span, T* sums, const T* projected) const {
     const int64_t size = layer.hidden;
+    const bool past = this->past;
     const V zero(T(0));
-    const Marks marks = this->marks(at);
+    const auto marks = this->template marks<M>(at);
     const Hidden hidden(*this, at);
-    const Lines x(p.gates_x, at.t, at.s), tape(p.gates, at.t, at.s), bias(p.b_hn, 0, at.s);
-    span.each<T>(size, 3, sums, [&](int64_t b, int64_t u, int n, T* own) FN_LAMBDA {
+    const GatesX<T, kPlain> x(p.gates_x, at.t, at.s, size, projected, 3, span.vectors * 3 * kWidth,
+                              span.from, span.u);
+    const Lines tape(p.gates, at.t, at.s), bias(p.b_hn, 0, at.s);
+    span.each<T>(size, 3, sums, [&](int64_t b, int64_t u, int n, T* own, int v) FN_LAMBDA {
       const bool over = marks.ended(b), cut = !over && marks.starts(b);
       math::GruOut<V> out{zero, zero, zero, zero};
       V hn = zero;
       if (!over) {
         hn = V::load(own + 2 * kWidth) + bias.load_or_zero(0, u, n);
-        const auto input = [&](int g) FN_LAMBDA {
-          return projected != nullptr ? V::load(projected + (own - sums) + g * kWidth)
-                                      : x.load(b, g * size + u, n);
-        };
-        out = math::gru_after_forward(input(0) + V::load(own), input(1) + V::load(own + kWidth),
-                                      input(2), hn, hidden.previous(b, u));
+        out = math::gru_after_forward(x.load(b, v, 0, n) + V::load(own),
+                                      x.load(b, v, 1, n) + V::load(own + kWidth),
+                                      x.load(b, v, 2, n), hn, hidden.previous(b, u));
       }
       if (tape) {
-        tape.store(b, u, n, out.r);
-        tape.store(b, size + u, n, out.z);
-        tape.store(b, 2 * size + u, n, out.n);
-        tape.store(b, 3 * size + u, n, hn);
+        tape.store(b, u, n, out.r, past);
+        tape.store(b, size + u, n, out.z, past);
+        tape.store(b, 2 * size + u, n, out.n, past);
+        tape.store(b, 3 * size + u, n, hn, past);
       }
       hidden.put(b, u, n, over, cut, out.h);
     });
   }
 
+  template <class M>
   FN void before(const Step& at, const Span& span, T* sums) const {
     const int64_t size = layer.hidden;
+    const bool past = this->past;
     const V zero(T(0));
-    const Marks marks = this->marks(at);
+    const auto marks = this->template marks<M>(at);
     const Hidden hidden(*this, at);
     const Lines x(p.gates_x, at.t, at.s), tape(p.gates, at.t, at.s);
     T *operand = rh.row(at.s, 0), *kept = z.row(at.s, 0);
-    span.each<T>(size, 2, sums, [&](int64_t b, int64_t u, int n, T* own) FN_LAMBDA {
+    span.each<T>(size, 2, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
       math::GruBeforeGates<V> out{zero, zero, zero};
       if (!marks.ended(b)) {
         out = math::gru_before_gates(x.load(b, u, n) + V::load(own),
@@ -75,29 +80,31 @@ struct GruForwardScan : ForwardScan<T, kPlain> {
                                      hidden.previous(b, u));
       }
       if (tape) {
-        tape.store(b, u, n, out.r);
-        tape.store(b, size + u, n, out.z);
+        tape.store(b, u, n, out.r, past);
+        tape.store(b, size + u, n, out.z, past);
       }
       out.rh.store(operand + b * rh.ld + u);
       out.z.store(kept + b * z.ld + u);
     });
   }
 
+  template <class M>
   FN void candidate(const Step& at, const Span& span, T* sums) const {
     const int64_t size = layer.hidden;
+    const bool past = this->past;
     const V zero(T(0));
-    const Marks marks = this->marks(at);
+    const auto marks = this->template marks<M>(at);
     const Hidden hidden(*this, at);
     const Lines x(p.gates_x, at.t, at.s), tape(p.gates, at.t, at.s);
     const T* kept = z.row(at.s, 0);
-    span.each<T>(size, 1, sums, [&](int64_t b, int64_t u, int n, T* own) FN_LAMBDA {
+    span.each<T>(size, 1, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
       const bool over = marks.ended(b), cut = !over && marks.starts(b);
       math::GruBeforeCandidate<V> out{zero, zero};
       if (!over) {
         out = math::gru_before_candidate(x.load(b, 2 * size + u, n) + V::load(own),
                                          V::load(kept + b * z.ld + u), hidden.previous(b, u));
       }
-      if (tape) tape.store(b, 2 * size + u, n, out.n);
+      if (tape) tape.store(b, 2 * size + u, n, out.n, past);
       hidden.put(b, u, n, over, cut, out.h);
     });
   }
@@ -107,7 +114,7 @@ template <class T, bool kPlain>
 struct GruBackwardScan : BackwardScan<T, kPlain> {
   using Base = BackwardScan<T, kPlain>;
   using Base::kWidth, Base::layer;
-  using typename Base::V, typename Base::Lines, typename Base::Reaching, typename Base::Entering;
+  using typename Base::V, typename Base::Lines, typename Base::Reaching;
   const GruBackward& p;
   State<T> dn;  // reset before: [S, B, H], the operand of d(r * h)
 
@@ -115,6 +122,7 @@ struct GruBackwardScan : BackwardScan<T, kPlain> {
   GruBackwardScan(Workspace<T>& memory, const GruBackward& q)
       : Base(memory, q.layer, (q.reset_after ? 3 : 2) * q.layer.hidden, q.dy, q.dh_n, q.dh0), p(q) {
     const int64_t hidden = layer.hidden, row = p.w_hh.row;
+    this->past = goes_past<T>(layer, 4);
     const Panels<T> w(memory, layer, p.w_hh, 0, 1, hidden, (p.reset_after ? 3 : 2) * hidden, 0, 1,
                       row);
     this->phase[0] = Phase<T>{w, {}, this->operand, true};
@@ -126,9 +134,10 @@ struct GruBackwardScan : BackwardScan<T, kPlain> {
     }
   }
 
+  template <class M>
   void rows(int number, const Step& at, const Span& span, T* sums, const T*) const {
-    if (p.reset_after) return after(at, span, sums);
-    number == 0 ? before(at, span, sums) : reset_gate(at, span, sums);
+    if (p.reset_after) return after<M>(at, span, sums);
+    number == 0 ? before<M>(at, span, sums) : reset_gate<M>(at, span, sums);
   }
 
   FN void ahead(int number, int64_t t, int64_t s, int64_t b, int64_t u, int64_t units) const {
@@ -139,16 +148,18 @@ struct GruBackwardScan : BackwardScan<T, kPlain> {
     if (before >= 0) ask_for(p.y, before, b, s, u, units, 1, 0);
   }
 
+  template <class M>
   FN void after(const Step& at, const Span& span, T* sums) const {
     const int64_t size = layer.hidden, ld = this->operand.ld;
+    const bool past = this->past;
     const V zero(T(0));
-    const Marks marks = this->marks(at);
+    const auto marks = this->template marks<M>(at);
     const Reaching reaching(*this, at);
-    const Entering h_prev(*this, p.y, p.h0, at);
+    const typename Base::template Entering<M> h_prev(*this, p.y, p.h0, at);
     const Lines tape(p.gates, at.t, at.s), dgates(p.dgates, at.t, at.s);
     const Lines dgates_hn(p.dgates_hn, at.t, at.s);
     T* operand = this->next_operand(at);
-    span.each<T>(size, 1, sums, [&](int64_t b, int64_t u, int n, T* own) FN_LAMBDA {
+    span.each<T>(size, 1, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
       const bool over = marks.ended(b), cut = !over && marks.starts(b);
       const V dh = reaching.all(b, u, n, over, V::load(own));
       math::GruAfterGrad<V> d{zero, zero, zero, zero, dh};
@@ -157,10 +168,10 @@ struct GruBackwardScan : BackwardScan<T, kPlain> {
                                      tape.load(b, 2 * size + u, n), tape.load(b, 3 * size + u, n),
                                      h_prev.load(b, u, n), dh);
       }
-      dgates.store(b, u, n, d.dr);
-      dgates.store(b, size + u, n, d.dz);
-      dgates.store(b, 2 * size + u, n, d.dn);
-      dgates_hn.store(b, u, n, d.dhn);
+      dgates.store(b, u, n, d.dr, past);
+      dgates.store(b, size + u, n, d.dz, past);
+      dgates.store(b, 2 * size + u, n, d.dn, past);
+      dgates_hn.store(b, u, n, d.dhn, past);
       T* next = operand + b * ld + u;
       zero_if(cut, d.dr).store(next, n);
       zero_if(cut, d.dz).store(next + size, n);
@@ -169,15 +180,17 @@ struct GruBackwardScan : BackwardScan<T, kPlain> {
     });
   }
 
+  template <class M>
   FN void before(const Step& at, const Span& span, T* sums) const {
     const int64_t size = layer.hidden, ld = this->operand.ld;
+    const bool past = this->past;
     const V zero(T(0));
-    const Marks marks = this->marks(at);
+    const auto marks = this->template marks<M>(at);
     const Reaching reaching(*this, at);
-    const Entering h_prev(*this, p.y, p.h0, at);
+    const typename Base::template Entering<M> h_prev(*this, p.y, p.h0, at);
     const Lines tape(p.gates, at.t, at.s), dgates(p.dgates, at.t, at.s);
     T *operand = this->next_operand(at), *inner = dn.row(at.s, 0);
-    span.each<T>(size, 1, sums, [&](int64_t b, int64_t u, int n, T* own) FN_LAMBDA {
+    span.each<T>(size, 1, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
       const bool over = marks.ended(b), cut = !over && marks.starts(b);
       const V dh = reaching.all(b, u, n, over, V::load(own));
       math::GruBeforeGrad<V> d{zero, zero, dh};
@@ -185,23 +198,25 @@ struct GruBackwardScan : BackwardScan<T, kPlain> {
         d = math::gru_before_backward(tape.load(b, size + u, n), tape.load(b, 2 * size + u, n),
                                       h_prev.load(b, u, n), dh);
       }
-      dgates.store(b, size + u, n, d.dz);
-      dgates.store(b, 2 * size + u, n, d.dn);
+      dgates.store(b, size + u, n, d.dz, past);
+      dgates.store(b, 2 * size + u, n, d.dn, past);
       d.dn.store(inner + b * dn.ld + u);
       zero_if(cut, d.dz).store(operand + b * ld + size + u, n);
       reaching.carry(b, u, zero_if(cut, d.dh_prev));
     });
   }
 
+  template <class M>
   FN void reset_gate(const Step& at, const Span& span, T* sums) const {
     const int64_t ld = this->operand.ld;
+    const bool past = this->past;
     const V zero(T(0));
-    const Marks marks = this->marks(at);
+    const auto marks = this->template marks<M>(at);
     const Reaching reaching(*this, at);
-    const Entering h_prev(*this, p.y, p.h0, at);
+    const typename Base::template Entering<M> h_prev(*this, p.y, p.h0, at);
     const Lines tape(p.gates, at.t, at.s), dgates(p.dgates, at.t, at.s);
     T* operand = this->next_operand(at);
-    span.each<T>(layer.hidden, 1, sums, [&](int64_t b, int64_t u, int n, T* own) FN_LAMBDA {
+    span.each<T>(layer.hidden, 1, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
       const bool over = marks.ended(b), cut = !over && marks.starts(b);
       math::GruResetGrad<V> d{zero, zero};
       if (!over) {
@@ -209,7 +224,7 @@ struct GruBackwardScan : BackwardScan<T, kPlain> {
                                             reaching.carried(b, u));
         reaching.carry(b, u, zero_if(cut, d.dh_prev));
       }
-      dgates.store(b, u, n, d.dr);
+      dgates.store(b, u, n, d.dr, past);
       zero_if(cut, d.dr).store(operand + b * ld + u, n);
     });
   }

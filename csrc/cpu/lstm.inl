@@ -16,6 +16,7 @@ struct LstmForwardScan : ForwardScan<T, kPlain> {
         projected(q.w_hr.data != nullptr),
         c(memory, q.layer, q.layer.hidden, false) {
     const int64_t hidden = layer.hidden, out = layer.out;
+    this->past = goes_past<T>(layer, 5);
     this->phase[0] = this->first_phase(memory, p.w_hh, 4);
     if (projected) {
       this->phases = 2;
@@ -33,53 +34,55 @@ struct LstmForwardScan : ForwardScan<T, kPlain> {
     if (number == 0) ask_for(p.gates_x, t, b, s, u, units, 4, layer.hidden);
   }
 
+  template <class M>
   void rows(int number, const Step& at, const Span& span, T* sums, const T* projected_x) const {
-    if (number == 0) return gates(at, span, sums, projected_x);
-    const Marks marks = this->marks(at);
+    if (number == 0) return gates<M>(at, span, sums, projected_x);
+    const auto marks = this->template marks<M>(at);
     const Hidden hidden(*this, at);
-    span.each<T>(layer.out, 1, sums, [&](int64_t b, int64_t u, int n, T* own) FN_LAMBDA {
+    span.each<T>(layer.out, 1, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
       const bool over = marks.ended(b);
       hidden.put(b, u, n, over, !over && marks.starts(b), V::load(own));
     });
   }
 
+  template <class M>
   FN void gates(const Step& at, const Span& span, T* sums, const T* projected_x) const {
     const int64_t size = layer.hidden, ld = c.ld;
+    const bool past = this->past;
     const V zero(T(0));
-    const Marks marks = this->marks(at);
+    const auto marks = this->template marks<M>(at);
     const Hidden hidden(*this, at);
-    const Lines x(p.gates_x, at.t, at.s), cells(p.cells, at.t, at.s), tape(p.gates, at.t, at.s);
+    const GatesX<T, kPlain> x(p.gates_x, at.t, at.s, size, projected_x, 4,
+                              span.vectors * 4 * kWidth, span.from, span.u);
+    const Lines cells(p.cells, at.t, at.s), tape(p.gates, at.t, at.s);
     const Lines c_n(this->last(at) ? p.c_n : Rows{}, 0, at.s);
     T* cell = c.row(at.s, 0);
     T* operand = projected ? m.row(at.s, 0) : nullptr;
     // First the gates and cell states, of which o and c replace the sums, then the hidden states:
     // so exponentials of many rows stand in line, not those of one row one after another.
-    span.each<T>(size, 4, sums, [&](int64_t b, int64_t u, int n, T* own) FN_LAMBDA {
+    span.each<T>(size, 4, sums, [&](int64_t b, int64_t u, int n, T* own, int v) FN_LAMBDA {
       const bool over = marks.ended(b), cut = !over && marks.starts(b);
       math::LstmCell<V> out{zero, zero, zero, zero, zero};
       V state = V::load(cell + b * ld + u);
       if (!over) {
-        const auto a = [&](int g) FN_LAMBDA {
-          const V input = projected_x != nullptr ? V::load(projected_x + (own - sums) + g * kWidth)
-                                                 : x.load(b, g * size + u, n);
-          return input + V::load(own + g * kWidth);
-        };
+        const auto a = [&](int g)
+                           FN_LAMBDA { return x.load(b, v, g, n) + V::load(own + g * kWidth); };
         out = math::lstm_cell(a(0), a(1), a(2), a(3), state);
         state = out.c;
         zero_if(cut, state).store(cell + b * ld + u);
       }
       if (c_n) c_n.store(b, u, n, state);
-      if (cells) cells.store(b, u, n, out.c);
+      if (cells) cells.store(b, u, n, out.c, past);
       if (tape) {
-        tape.store(b, u, n, out.i);
-        tape.store(b, size + u, n, out.f);
-        tape.store(b, 2 * size + u, n, out.g);
-        tape.store(b, 3 * size + u, n, out.o);
+        tape.store(b, u, n, out.i, past);
+        tape.store(b, size + u, n, out.f, past);
+        tape.store(b, 2 * size + u, n, out.g, past);
+        tape.store(b, 3 * size + u, n, out.o, past);
       }
       out.o.store(own);
       out.c.store(own + kWidth);
     });
-    span.each<T>(size, 4, sums, [&](int64_t b, int64_t u, int n, T* own) FN_LAMBDA {
+    span.each<T>(size, 4, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
       const bool over = marks.ended(b), cut = !over && marks.starts(b);
       const V value = math::lstm_hidden(V::load(own), V::load(own + kWidth));
       operand != nullptr ? value.store(operand + b * m.ld + u)
@@ -92,7 +95,7 @@ template <class T, bool kPlain>
 struct LstmBackwardScan : BackwardScan<T, kPlain> {
   using Base = BackwardScan<T, kPlain>;
   using Base::kWidth, Base::layer;
-  using typename Base::V, typename Base::Lines, typename Base::Reaching, typename Base::Entering;
+  using typename Base::V, typename Base::Lines, typename Base::Reaching;
   const LstmBackward& p;
   bool projected;
   State<T> dc, dh;  // [S, B, H] what reaches c; [S, B, P] of the projected state, the operand of dm
@@ -103,6 +106,7 @@ struct LstmBackwardScan : BackwardScan<T, kPlain> {
         projected(q.w_hr.data != nullptr),
         dc(memory, q.layer, q.layer.hidden, false) {
     const int64_t hidden = layer.hidden, out = layer.out;
+    this->past = goes_past<T>(layer, 4);
     const Panels<T> w(memory, layer, p.w_hh, 0, 1, out, 4 * hidden, 0, 1, p.w_hh.row);
     this->phase[0] = Phase<T>{w, {}, this->operand, true};
     if (projected) {
@@ -134,10 +138,11 @@ struct LstmBackwardScan : BackwardScan<T, kPlain> {
     }
   }
 
+  template <class M>
   void rows(int number, const Step& at, const Span& span, T* sums, const T*) const {
     if (number == 1) {
-      return gates(at, span, sums,
-                   [](int64_t, int64_t, int, bool, V product) FN_LAMBDA { return product; });
+      return gates<M>(at, span, sums,
+                      [](int64_t, int64_t, int, bool, V product) FN_LAMBDA { return product; });
     }
     const V zero(T(0));
     const Reaching reaching(*this, at);
@@ -146,11 +151,11 @@ struct LstmBackwardScan : BackwardScan<T, kPlain> {
       reaching.carry(b, u, zero_if(!over, all));
       return all;
     };
-    if (!projected) return gates(at, span, sums, reached);
-    const Marks marks = this->marks(at);
+    if (!projected) return gates<M>(at, span, sums, reached);
+    const auto marks = this->template marks<M>(at);
     const Lines out(p.dh, at.t, at.s);
     T* operand = dh.row(at.s, 0);
-    span.each<T>(layer.out, 1, sums, [&](int64_t b, int64_t u, int n, T* own) FN_LAMBDA {
+    span.each<T>(layer.out, 1, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
       const bool over = marks.ended(b);
       const V all = reached(b, u, n, over, V::load(own));
       all.store(operand + b * dh.ld + u);
@@ -159,16 +164,17 @@ struct LstmBackwardScan : BackwardScan<T, kPlain> {
   }
 
   // dm(b, u, n, over, product): the gradient of o * tanh(c).
-  template <class Gradient>
+  template <class M, class Gradient>
   FN void gates(const Step& at, const Span& span, T* sums, const Gradient& dm) const {
     const int64_t size = layer.hidden, ld = dc.ld, operand_ld = this->operand.ld;
+    const bool past = this->past;
     const V zero(T(0));
-    const Marks marks = this->marks(at);
+    const auto marks = this->template marks<M>(at);
     const Lines tape(p.gates, at.t, at.s), cells(p.cells, at.t, at.s);
     const Lines dcells(p.dcells, at.t, at.s), dgates(p.dgates, at.t, at.s);
-    const Entering entering(*this, p.cells, p.c0, at);
+    const typename Base::template Entering<M> entering(*this, p.cells, p.c0, at);
     T *carried = dc.row(at.s, 0), *operand = this->next_operand(at);
-    span.each<T>(size, 1, sums, [&](int64_t b, int64_t u, int n, T* own) FN_LAMBDA {
+    span.each<T>(size, 1, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
       const bool over = marks.ended(b);
       const V dh = dm(b, u, n, over, V::load(own));
       math::LstmGrad<V> d{zero, zero, zero, zero, zero};
@@ -184,7 +190,7 @@ struct LstmBackwardScan : BackwardScan<T, kPlain> {
       const V parts[4] = {d.di, d.df, d.dg, d.d_o};
 #pragma GCC unroll 4
       for (int g = 0; g < 4; ++g) {
-        dgates.store(b, g * size + u, n, parts[g]);
+        dgates.store(b, g * size + u, n, parts[g], past);
         zero_if(cut, parts[g]).store(operand + b * operand_ld + g * size + u, n);
       }
     });

@@ -17,17 +17,18 @@ struct RnnForwardScan : ForwardScan<T, kPlain> {
     ask_for(p.gates_x, t, b, s, u, units, 1, 0);
   }
 
+  template <class M>
   void rows(int, const Step& at, const Span& span, T* sums, const T* projected) const {
     const bool relu = p.relu;
-    const Marks marks = this->marks(at);
+    const auto marks = this->template marks<M>(at);
     const Hidden hidden(*this, at);
-    const Lines x(p.gates_x, at.t, at.s);
-    span.each<T>(layer.hidden, 1, sums, [&](int64_t b, int64_t u, int n, T* own) FN_LAMBDA {
+    const GatesX<T, kPlain> x(p.gates_x, at.t, at.s, layer.hidden, projected, 1,
+                              span.vectors * kWidth, span.from, span.u);
+    span.each<T>(layer.hidden, 1, sums, [&](int64_t b, int64_t u, int n, T* own, int v) FN_LAMBDA {
       const bool over = marks.ended(b), cut = !over && marks.starts(b);
       V value(T(0));
       if (!over) {
-        const V input = projected != nullptr ? V::load(projected + (own - sums)) : x.load(b, u, n);
-        value = math::rnn_forward(input + V::load(own), relu);
+        value = math::rnn_forward(x.load(b, v, 0, n) + V::load(own), relu);
       }
       hidden.put(b, u, n, over, cut, value);
     });
@@ -53,15 +54,16 @@ struct RnnBackwardScan : BackwardScan<T, kPlain> {
     ask_for(p.y, t, b, s, u, units, 1, 0);
   }
 
+  template <class M>
   void rows(int, const Step& at, const Span& span, T* sums, const T*) const {
     const int64_t ld = this->operand.ld;
     const bool relu = p.relu;
     const V zero(T(0));
-    const Marks marks = this->marks(at);
+    const auto marks = this->template marks<M>(at);
     const Reaching reaching(*this, at);
     const Lines y(p.y, at.t, at.s), dgates(p.dgates, at.t, at.s);
     T* operand = this->next_operand(at);
-    span.each<T>(layer.hidden, 1, sums, [&](int64_t b, int64_t u, int n, T* own) FN_LAMBDA {
+    span.each<T>(layer.hidden, 1, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
       const bool over = marks.ended(b), cut = !over && marks.starts(b);
       const V dh = reaching.all(b, u, n, over, V::load(own));
       V da = zero;

@@ -65,6 +65,14 @@ struct LinesOf {
   FN void store(int64_t b, int64_t u, int n, V x) const {
     ::fused_rnn::cpu::FUSED_RNN_ISA::store<T>(x, data, dtype, at + b * row + u, n);
   }
+  // As store; `past`: past the caches where that can be.
+  FN void store(int64_t b, int64_t u, int n, V x, bool past) const {
+    if (kPlain && past && n == V::kWidth) {
+      T* to = static_cast<T*>(data) + at + b * row + u;
+      if (reinterpret_cast<uintptr_t>(to) % (V::kWidth * sizeof(T)) == 0) return x.store_past(to);
+    }
+    store(b, u, n, x);
+  }
 };
 
 // Zeros where `zero`, else x. (As a conditional expression it has an address, for GCC.)
@@ -73,6 +81,38 @@ FN Vec<T> zero_if(bool zero, Vec<T> x) {
   if (zero) return Vec<T>(T(0));
   return x;
 }
+
+// Where a forward scan's epilogue reads gates_x, of rows from `from` on and vectors of units from u
+// on: in memory, or as they were projected, [row][vector of units][gate][kWidth].
+template <class T, bool kPlain>
+struct GatesX {
+  using V = Vec<T>;
+  LinesOf<T, kPlain> lines;
+  const T* at;
+  int64_t row, vector, gate, from, u;
+
+  FN GatesX(const Rows& gates_x, int64_t t, int64_t s, int64_t units, const T* projected, int gates,
+            int64_t width, int64_t from_, int64_t u_)
+      : lines(gates_x, t, s),
+        at(projected),
+        row(width),
+        vector(gates),
+        gate(1),
+        from(from_),
+        u(u_) {
+    vector *= V::kWidth, gate *= V::kWidth;
+    if (kPlain && projected == nullptr) {
+      at = static_cast<const T*>(lines.data) + lines.at + from * lines.row + u;
+      row = lines.row, vector = V::kWidth, gate = units;
+    }
+    if (!kPlain && projected == nullptr) gate = units;
+  }
+  // Gate g of n units, the v-th vector, of row b.
+  FN V load(int64_t b, int v, int g, int n) const {
+    if (!kPlain && at == nullptr) return lines.load(b, g * gate + u + v * V::kWidth, n);
+    return V::load(at + (b - from) * row + v * vector + g * gate, n);
+  }
+};
 
 template <class T, class... More>
 FN bool all_plain(const Rows& rows, const More&... more) {
@@ -96,26 +136,33 @@ FN void ask_for(const Rows& rows, int64_t t, int64_t b, int64_t s, int64_t u, in
 
 // What the flags say of the rows at one step.
 struct Marks {
-  const uint8_t *now = nullptr, *segment = nullptr;  // [B] or null
+  const uint8_t *now, *segment = nullptr;  // [B]
 
-  FN Marks() = default;
-  // `segment`: flags of the step at which a segment may start, or none.
-  FN Marks(const Layer& layer, int64_t t, int64_t starts) {
-    if (layer.flags == nullptr) return;
-    now = layer.flags + t * layer.batch;
+  // `starts`: the step at which a segment may start, if it is one.
+  FN Marks(const Layer& layer, int64_t t, int64_t starts) : now(layer.flags + t * layer.batch) {
     if (0 <= starts && starts < layer.steps) segment = layer.flags + starts * layer.batch;
   }
   // The row has ended before the step: it is not taken.
-  FN bool ended(int64_t b) const { return now != nullptr && (now[b] & 1); }
+  FN bool ended(int64_t b) const { return now[b] & 1; }
   FN bool starts(int64_t b) const { return segment != nullptr && (segment[b] & 3) == 2; }
 };
+// As Marks where there are no flags.
+struct NoMarks {
+  FN NoMarks(const Layer&, int64_t, int64_t) {}
+  FN bool ended(int64_t) const { return false; }
+  FN bool starts(int64_t) const { return false; }
+};
 
-// Marks whose starts(b) says: the state after step t is zeroed before the next step.
-FN Marks forward_marks(const Layer& layer, bool reverse, int64_t t) {
-  return Marks(layer, t, reverse ? t : t + 1);
+// The marks of a forward step, whose starts(b) says: the state after step t is zeroed before the
+// next step.
+template <class M>
+FN M forward_marks(const Layer& layer, bool reverse, int64_t t) {
+  return M(layer, t, reverse ? t : t + 1);
 }
-// Marks whose starts(b) says: the state that entered step t was zeroed. A forward entry does so at
-// the first step of a segment; a reversed one leaves the segment that starts at step t + 1.
-FN Marks backward_marks(const Layer& layer, bool reverse, int64_t t) {
-  return Marks(layer, t, reverse ? t + 1 : t);
+// The marks of a backward step, whose starts(b) says: the state that entered step t was zeroed. A
+// forward entry does so at the first step of a segment; a reversed one leaves the segment that
+// starts at step t + 1.
+template <class M>
+FN M backward_marks(const Layer& layer, bool reverse, int64_t t) {
+  return M(layer, t, reverse ? t + 1 : t);
 }

@@ -107,6 +107,14 @@ FN int lanes_at(int64_t units, int64_t u, int width) {
   return units - u < width ? static_cast<int>(units - u) : width;
 }
 
+// Whether the tensors of K values a unit that a scan leaves for later go past the caches: those too
+// large to be found there. (Written through the caches, a line is first read.)
+template <class T>
+bool goes_past(const Layer& layer, int64_t values) {
+  const int64_t units = layer.steps * layer.batch * layer.stack * layer.hidden;
+  return kStoresPast && units * values * static_cast<int64_t>(sizeof(T)) > 4 * l2_bytes();
+}
+
 // Where a scan is: its i-th step, which is step t of the sequence, of stack entry s.
 struct Step {
   int64_t i, t, s;
@@ -118,14 +126,15 @@ struct Span {
   int64_t from, to, u;
   int vectors;
 
-  // Calls each(b, u, lanes, own) for every row and vector; `sums` has `gates` vectors for each.
+  // Calls each(b, u, lanes, own, v) for every row and its v-th vector; `sums` has `gates` vectors
+  // for each.
   template <class T, class Each>
   FN void each(int64_t units, int gates, T* sums, const Each& each) const {
     constexpr int kWidth = Vec<T>::kWidth;
     for (int64_t b = from; b < to; ++b) {
       for (int v = 0; v < vectors; ++v, sums += gates * kWidth) {
         const int64_t unit = u + v * kWidth;
-        each(b, unit, lanes_at(units, unit, kWidth), sums);
+        each(b, unit, lanes_at(units, unit, kWidth), sums, v);
       }
     }
   }
@@ -134,8 +143,8 @@ struct Span {
 // Runs a scan: Scan has layer, phases, phase[], kBackward, and for one row b of entry s
 //   start(s, b)                                  before the first step
 //   ahead(phase, t, s, b, u, units)              asks for what rows() will read from memory
-//   rows(phase, step, span, sums, projected)     epilogue of some rows and units; `projected` are
-//                                                their gates_x, or null where those are in memory
+//   rows<M>(phase, step, span, sums, projected)  epilogue of some rows and units, marked by an M;
+//                                                `projected`: gates_x, or null: they are in memory
 //   input, input_row(t, b), add_bias(...)        forward: what is projected
 //   finish(s, b, u, vectors, tile)               backward: units of phase 0 after the last step
 //   end(s, b)                                    after all
@@ -304,6 +313,7 @@ class Runner {
       wait();
     }
     for (int64_t b = first; b < last; ++b) scan_.end(share.s, b);
+    fence();
   }
 
   // A share's blocks at one step, in an order that turns round from step to step: of weights that
@@ -376,7 +386,14 @@ class Runner {
         return;
       }
     }
-    scan_.rows(p, Step{i, t, s}, Span{from, to, u, units}, sums, projects ? projected : nullptr);
+    const Step at{i, t, s};
+    const Span span{from, to, u, units};
+    const T* gates_x = projects ? projected : nullptr;
+    if (layer_.flags == nullptr) {
+      scan_.template rows<NoMarks>(p, at, span, sums, gates_x);
+    } else {
+      scan_.template rows<Marks>(p, at, span, sums, gates_x);
+    }
   }
 
   // sums[b - from] = row b of an operand, which begins with row `from`, times a block of weights.
@@ -389,26 +406,35 @@ class Runner {
     const int64_t width = vectors * Vec<T>::kWidth, depth = w.depth();
     // Tiles as even as can be: a remainder of one row would run at a fraction of the speed.
     const int64_t count = (to - from + kTileRows[vectors] - 1) / kTileRows[vectors];
+    const int64_t each = (to - from) / count, larger = (to - from) % count;
     const int64_t slice = count == 1 ? depth : kSliceK;
+    // Rows asked for with a slice: a few at a time, for there are few lines that can be waited for.
+    const int64_t slices = (depth + slice - 1) / slice, part = each / slices + 1;
     const T* panel = w.at(s, block);
-    for (int64_t k = 0; k < depth; k += slice) {
+    int64_t asked = 0;
+    for (int64_t k = 0; k < depth; k += slice, asked += part) {
       const int64_t deep = depth - k < slice ? depth - k : slice;
       const T* after = k + deep < depth ? panel + (k + deep) * width : next;
+      int64_t first = 0;
       for (int64_t tile = 0; tile < count; ++tile) {
-        const int64_t first = (to - from) * tile / count, last = (to - from) * (tile + 1) / count;
-        const int rows = static_cast<int>(last - first);
-        if (k == 0) ask(from + first, from + last);
-        if (!Scan::kBackward && !any_active(t, from + first, rows)) continue;
-        Ahead ahead;
-        if (asks) ahead = Ahead(after, deep * width * sizeof(T), count, tile, deep);
-        tile_product<T>(rows, vectors, operand + first * ld + k, ld, 1, panel + k * width, deep,
-                        sums + first * width, k > 0, ahead);
+        const int rows = static_cast<int>(each + (tile < larger));
+        if (asked < rows) {
+          ask(from + first + asked, from + first + (asked + part < rows ? asked + part : rows));
+        }
+        if (Scan::kBackward || any_active(t, from + first, rows)) {
+          Ahead ahead;
+          if (asks) ahead = Ahead(after, deep * width * sizeof(T), count, tile, deep);
+          tile_product<T>(rows, vectors, operand + first * ld + k, ld, 1, panel + k * width, deep,
+                          sums + first * width, k > 0, ahead);
+        }
+        first += rows;
       }
     }
   }
 
   // Whether a forward step needs the product for any of these rows.
   bool any_active(int64_t t, int64_t b, int rows) const {
+    if (layer_.flags == nullptr) return true;
     const Marks marks(layer_, t, -1);
     for (int m = 0; m < rows; ++m) {
       if (!marks.ended(b + m)) return true;
@@ -440,6 +466,7 @@ struct ForwardScan {
   Rows h0, y, h_n;  // [S, B, P] [T, B, S, P] [S, B, P]
   State<T> h;       // [S, B, P] alternating: h entering the step, zeroed where a segment starts
   Input input;
+  bool past = false;  // the tape goes past the caches
   int phases = 1;
   Phase<T> phase[2];
 
@@ -477,12 +504,16 @@ struct ForwardScan {
 
   FN bool reverse(int64_t s) const { return layer.reverse[s] != 0; }
   FN bool last(const Step& at) const { return at.i + 1 == layer.steps; }
-  FN Marks marks(const Step& at) const { return forward_marks(layer, reverse(at.s), at.t); }
+  template <class M>
+  FN M marks(const Step& at) const {
+    return forward_marks<M>(layer, reverse(at.s), at.t);
+  }
   // target[0, n) = the initial state of row b, zeroed where the first step starts a segment; zeros
   // in the rest of a last vector, which stay zeros.
   FN void start_state(T* target, const Rows& initial, int64_t s, int64_t b, int64_t n) const {
     const int64_t t = reverse(s) ? layer.steps - 1 : 0;
-    const bool cut = backward_marks(layer, reverse(s), t).starts(b);
+    const bool cut =
+        layer.flags != nullptr && backward_marks<Marks>(layer, reverse(s), t).starts(b);
     const Lines from(initial, 0, s);
     for (int64_t u = 0; u < n; u += kWidth) {
       (cut ? V(T(0)) : from.load_or_zero(b, u, lanes_at(n, u, kWidth))).store(target + u);
@@ -528,6 +559,7 @@ struct BackwardScan {
   const Layer& layer;
   Rows dy, dh_n, dh0;         // [T, B, S, P] [S, B, P] (either may be null), [S, B, P]
   State<T> operand, carried;  // [S, B, G*H] alternating, [S, B, P]
+  bool past = false;          // the gates' gradients go past the caches
   int phases = 1;
   Phase<T> phase[2];
 
@@ -541,7 +573,10 @@ struct BackwardScan {
         carried(memory, l, l.out, false) {}
 
   FN bool reverse(int64_t s) const { return layer.reverse[s] != 0; }
-  FN Marks marks(const Step& at) const { return backward_marks(layer, reverse(at.s), at.t); }
+  template <class M>
+  FN M marks(const Step& at) const {
+    return backward_marks<M>(layer, reverse(at.s), at.t);
+  }
   // target[0, n) = what of row b a tensor has, or zeros; zeros in the rest of a last vector.
   FN void start_state(T* target, const Rows& initial, int64_t s, int64_t b, int64_t n) const {
     const Lines from(initial, 0, s);
@@ -583,21 +618,22 @@ struct BackwardScan {
     return t + 1 < layer.steps ? t + 1 : -1;
   }
   // The state that entered a step: another step's, the initial one, or none (zero).
+  template <class M>
   struct Entering {
     Lines states, initial;
-    Marks marks, before;  // of the step; of the one before, where a row may have ended
-    bool first;
+    M marks, before;  // of the step; of the one before, where a row may have ended
+    bool first, may_end;
 
     FN Entering(const BackwardScan& scan, const Rows& states_, const Rows& initial_, const Step& at)
         : states(states_, scan.step_before(at.t, at.s), at.s),
           initial(initial_, 0, at.s),
-          marks(scan.marks(at)),
-          first(scan.step_before(at.t, at.s) < 0) {
-      if (scan.reverse(at.s) && !first) before = Marks(scan.layer, at.t + 1, -1);
-    }
+          marks(scan.template marks<M>(at)),
+          before(scan.layer, scan.step_before(at.t, at.s), -1),
+          first(scan.step_before(at.t, at.s) < 0),
+          may_end(scan.reverse(at.s)) {}
     FN V load(int64_t b, int64_t u, int n) const {
       if (marks.starts(b)) return V(T(0));
-      const bool start = first || before.ended(b);
+      const bool start = first || (may_end && before.ended(b));
       return start ? initial.load_or_zero(b, u, n) : states.load_or_zero(b, u, n);
     }
   };

@@ -24,6 +24,7 @@ struct Vec<float> {
     return n == kWidth ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, mask(n));
   }
   FN void store(float* p) const { _mm256_storeu_ps(p, v); }
+  FN void store_past(float* p) const { store(p); }
   FN void store(float* p, int n) const {
     n == kWidth ? _mm256_storeu_ps(p, v) : _mm256_maskstore_ps(p, mask(n), v);
   }
@@ -45,10 +46,14 @@ struct Vec<double> {
     return n == kWidth ? _mm256_loadu_pd(p) : _mm256_maskload_pd(p, mask(n));
   }
   FN void store(double* p) const { _mm256_storeu_pd(p, v); }
+  FN void store_past(double* p) const { store(p); }
   FN void store(double* p, int n) const {
     n == kWidth ? _mm256_storeu_pd(p, v) : _mm256_maskstore_pd(p, mask(n), v);
   }
 };
+
+constexpr bool kStoresPast = false;  // a vector is less than a line
+FN void fence() {}
 
 using VecF = Vec<float>;
 using VecD = Vec<double>;

@@ -17,6 +17,8 @@ struct Vec<float> {
   FN static Vec load(const float* p, int n) { return _mm512_maskz_loadu_ps(mask(n), p); }
   FN void store(float* p) const { _mm512_storeu_ps(p, v); }
   FN void store(float* p, int n) const { _mm512_mask_storeu_ps(p, mask(n), v); }
+  // Past the caches, a whole line; others see it after fence().
+  FN void store_past(float* p) const { _mm512_stream_ps(p, v); }
 };
 
 template <>
@@ -32,7 +34,12 @@ struct Vec<double> {
   FN static Vec load(const double* p, int n) { return _mm512_maskz_loadu_pd(mask(n), p); }
   FN void store(double* p) const { _mm512_storeu_pd(p, v); }
   FN void store(double* p, int n) const { _mm512_mask_storeu_pd(p, mask(n), v); }
+  FN void store_past(double* p) const { _mm512_stream_pd(p, v); }
 };
+
+// A vector is a line, which can be written past the caches.
+constexpr bool kStoresPast = true;
+FN void fence() { _mm_sfence(); }
 
 using VecF = Vec<float>;
 using VecD = Vec<double>;

@@ -38,11 +38,15 @@ struct Vec {
     return r;
   }
   FN void store(T* p) const { __builtin_memcpy(p, &v, 16); }
+  FN void store_past(T* p) const { store(p); }
   FN void store(T* p, int n) const {
     if (n == kWidth) return store(p);
     for (int i = 0; i < n; ++i) p[i] = v[i];
   }
 };
+
+constexpr bool kStoresPast = false;  // a vector is less than a line
+FN void fence() {}
 
 using VecF = Vec<float>;
 using VecD = Vec<double>;
