@@ -101,6 +101,9 @@ class OnnxRunner:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        # Its threads go on spinning for work when a run is over, and would take a core from whoever
+        # is timed next. (During a run they spin as ever.)
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         model = build(
             problem.module,
             cell,
