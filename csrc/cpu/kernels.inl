@@ -18,6 +18,7 @@ namespace {
 #include "rows.inl"
 #include "gemm.inl"
 #include "scan.inl"
+#include "scan_base.inl"
 #include "lstm.inl"
 #include "gru.inl"
 #include "rnn.inl"

@@ -94,11 +94,12 @@ struct AnyForward {
     };
     for (int64_t s = 0; s < layer.stack; ++s) {
       Matmul p;
-      p.n = 1, p.m = all, p.k = input.size, p.l = width;
+      p.n = 1, p.m = all, p.k = input.size;
       p.a = Matrix{input.x.data, input.x.dtype, 0, order.row, 1};
-      p.b = Matrix{from(input.w_ih, s), input.w_ih.dtype, 0, 1, input.w_ih.row};
-      if (input.bias.data != nullptr) p.bias = Matrix{from(input.bias, s), acc, 0, 0, 1};
-      p.out = projected.at(s * entry * size_of(acc));
+      Right& r = p.right[0];
+      r.l = width, r.out = projected.at(s * entry * size_of(acc));
+      r.b = Matrix{from(input.w_ih, s), input.w_ih.dtype, 0, 1, input.w_ih.row};
+      if (input.bias.data != nullptr) r.bias = Matrix{from(input.bias, s), acc, 0, 0, 1};
       chosen_kernels().matmul(p, acc);
     }
     const int64_t row = (order.batch_first ? layer.steps : 1) * width;

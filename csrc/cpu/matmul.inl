@@ -1,5 +1,5 @@
-// The matrix product [N, M, K] x [N, K, L] + bias on the tiles of gemm.inl, so that a row's bits
-// depend neither on the other rows nor on the threads.
+// The matrix product [N, M, K] x [N, K, L] + bias, of one or two right operands, on the tiles of
+// gemm.inl, so that a row's bits depend neither on the other rows nor on the threads.
 // Included inside the instruction set's anonymous namespace; see kernels.inl.
 
 // K is taken in chunks, whose sums are added in order: a panel of 4 vectors then fits the L2, and
@@ -18,28 +18,30 @@ template <class T>
 class Product {
  public:
   explicit Product(const Matmul& q)
-      : p_(q), blocks_(1, Vec<T>::kWidth, q.l), groups_((q.m + kGroupRows - 1) / kGroupRows) {}
+      : p_(q),
+        blocks_{{1, Vec<T>::kWidth, q.right[0].l}, {1, Vec<T>::kWidth, q.right[1].l}},
+        count_(blocks_[0].count + blocks_[1].count) {}
 
   void run() {
     const int64_t threads = thread_count();
-    const double flops = 2.0 * p_.n * p_.m * p_.k * p_.l;
-    const double bytes = static_cast<double>(sizeof(T)) * p_.n * p_.k * p_.l;
+    const double right = static_cast<double>(p_.n) * p_.k * (p_.right[0].l + p_.right[1].l);
+    const double flops = 2.0 * p_.m * right, bytes = sizeof(T) * right;
     const double rate =
         bytes < kCacheFilled * l2_bytes() ? kDirectBytesPerSecond : kMemoryBytesPerSecond;
     const bool threaded = threads > 1 && (flops > kFlopsPerSecond<T> * kSecondsWorthThreads ||
                                           bytes > rate * kSecondsWorthThreads);
     const bool along = p_.a.column == 1 && p_.a.dtype == kNative<T>;
-    const bool lies = p_.b.row == 1 || p_.b.column == 1;
-    if (p_.m <= kDirectRows && lies && along) return directly(threaded);
+    const Matrix& b = p_.right[0].b;
+    const bool lies = b.row == 1 || b.column == 1;
+    if (p_.m <= kDirectRows && lies && along && p_.right[1].l == 0) return directly(threaded);
     const int64_t chunk = p_.k < kChunkK ? p_.k : kChunkK;
     // Rows that lie one after another share no sets of a cache, and few blocks make no use of a
     // copy.
-    const bool pays = p_.a.row != chunk && p_.m > kRows && blocks_.count >= kCopiesPay;
+    const bool pays = p_.a.row != chunk && p_.m > kRows && count_ >= kCopiesPay;
     copy_ = p_.a.column != 1 ? kByColumns : !along || pays ? kByRows : kNone;
-    const int64_t panels = chunk * blocks_.row_elements();
+    const int64_t panels = chunk * (blocks_[0].row_elements() + blocks_[1].row_elements());
     blocks_first_ = panels * static_cast<int64_t>(sizeof(T)) > l2_bytes() / 2;
-    part_ = blocks_first_ ? kPartGroups : copy_ == kNone ? groups_ : 2 * threads;
-    if (part_ > groups_) part_ = groups_;
+    share_out(threaded ? threads : 1);
     Workspace<T> memory;
     panels_ = memory.take(panels);
     group_elements_ = kGroupRows * (copy_ == kByRows ? padded_row<T>(chunk) : chunk);
@@ -63,6 +65,18 @@ class Product {
     int64_t n, at, depth;
   };
 
+  // Rows to groups of whole tiles, as large as can be; where there is little to share out, as many
+  // as give every thread the same.
+  void share_out(int64_t threads) {
+    const int64_t tiles = (p_.m + kRows - 1) / kRows;
+    groups_ = (tiles + kGroupTiles - 1) / kGroupTiles;
+    if (groups_ * count_ < 4 * threads) groups_ = (groups_ + threads - 1) / threads * threads;
+    const int64_t each = (tiles + groups_ - 1) / groups_;
+    group_rows_ = each * kRows, groups_ = (tiles + each - 1) / each;
+    part_ = blocks_first_ ? kPartGroups : copy_ == kNone ? groups_ : 2 * threads;
+    if (part_ > groups_) part_ = groups_;
+  }
+
   // The work of one of so many threads that run at the same time: of every chunk its share of
   // packing, and of the blocks of every part of the rows.
   void work(int64_t rank, int64_t members) {
@@ -74,20 +88,20 @@ class Product {
       int64_t at = 0;
       do {
         const Chunk c{n, at, p_.k - at < kChunkK ? p_.k - at : kChunkK};
-        const Weights b{p_.b.data, p_.b.dtype, 1, p_.l, c.depth, 0, p_.b.column, p_.b.row};
-        const int64_t count = blocks_.count;
-        for (int64_t block = count * rank / members; block < count * (rank + 1) / members;
-             ++block) {
-          pack_panel(b, n * p_.b.batch + at * p_.b.row, blocks_, block, panel(block, c));
-        }
+        pack_share(c, rank, members);
         for (int64_t first = 0; first < groups_; first += part_) {
           const int64_t all = groups_ - first < part_ ? groups_ - first : part_;
-          take_rows(c, first, all * rank / members, all * (rank + 1) / members);
+          if (copy_ == kByColumns) {
+            copy_columns(c, first, all, c.depth * rank / members, c.depth * (rank + 1) / members);
+          } else if (copy_ == kByRows) {
+            const int64_t last = all * (rank + 1) / members;
+            for (int64_t g = all * rank / members; g < last; ++g) copy_rows(c, first + g, g);
+          }
           wait();
-          const int64_t units = count * all, last = units * (rank + 1) / members;
+          const int64_t units = count_ * all, last = units * (rank + 1) / members;
           for (int64_t unit = units * rank / members; unit < last; ++unit) {
-            const int64_t block = blocks_first_ ? unit / all : unit % count;
-            const int64_t own = blocks_first_ ? unit % all : unit / count;
+            const int64_t block = blocks_first_ ? unit / all : unit % count_;
+            const int64_t own = blocks_first_ ? unit % all : unit / count_;
             tiles(c, block, first + own, own);
           }
           wait();
@@ -97,24 +111,47 @@ class Product {
     }
   }
 
-  FN T* panel(int64_t block, const Chunk& c) const {
-    return panels_ + blocks_.row_offset(block) * c.depth;
+  // Blocks of the first right operand come before those of the second.
+  FN int right_of(int64_t block) const { return block >= blocks_[0].count; }
+  FN int64_t own_block(int64_t block) const {
+    return block - (right_of(block) ? blocks_[0].count : 0);
+  }
+  FN T* panel(const Chunk& c, int64_t block) const {
+    const int r = right_of(block);
+    const int64_t before = r ? blocks_[0].row_elements() : 0;
+    return panels_ + (before + blocks_[r].row_offset(own_block(block))) * c.depth;
+  }
+  // A member's share of the panels: some blocks, or, where there are few, a part of each along K.
+  void pack_share(const Chunk& c, int64_t rank, int64_t members) const {
+    if (count_ >= 4 * members) {
+      const int64_t to = count_ * (rank + 1) / members;
+      for (int64_t block = count_ * rank / members; block < to; ++block) pack(c, block, 0, c.depth);
+      return;
+    }
+    constexpr int64_t kWidth = Vec<T>::kWidth;
+    const int64_t vectors = (c.depth + kWidth - 1) / kWidth;
+    const int64_t from = vectors * rank / members * kWidth;
+    const int64_t to = vectors * (rank + 1) / members * kWidth;
+    for (int64_t block = 0; block < count_; ++block) {
+      pack(c, block, from, to < c.depth ? to : c.depth);
+    }
+  }
+  void pack(const Chunk& c, int64_t block, int64_t from, int64_t to) const {
+    const int r = right_of(block);
+    const Matrix& b = p_.right[r].b;
+    const Weights weights{b.data, b.dtype, 1, p_.right[r].l, to - from, 0, b.column, b.row};
+    const int64_t width = blocks_[r].depth_vectors(own_block(block)) * Vec<T>::kWidth;
+    pack_panel(weights, c.n * b.batch + (c.at + from) * b.row, blocks_[r], own_block(block),
+               panel(c, block) + from * width);
   }
   FN int rows_of(int64_t group) const {
-    return lanes_at(p_.m, group * kGroupRows, static_cast<int>(kGroupRows));
+    return lanes_at(p_.m, group * group_rows_, static_cast<int>(group_rows_));
   }
   FN int64_t start_of_a(const Chunk& c, int64_t group) const {
-    return c.n * p_.a.batch + c.at * p_.a.column + group * kGroupRows * p_.a.row;
+    return c.n * p_.a.batch + c.at * p_.a.column + group * group_rows_ * p_.a.row;
   }
 
-  // Copies the rows of groups [from, to) of the part that begins with group `first`, if they are to
-  // be.
-  void take_rows(const Chunk& c, int64_t first, int64_t from, int64_t to) const {
-    if (copy_ == kByColumns) return copy_columns(c, first, from, to);
-    for (int64_t g = from; copy_ == kByRows && g < to; ++g) copy_rows(c, first + g, g);
-  }
-
-  // [row][k], rows padded_row apart.
+  // A group's copy [row][k], rows padded_row apart.
   void copy_rows(const Chunk& c, int64_t group, int64_t own) const {
     constexpr int kWidth = Vec<T>::kWidth;
     const int64_t ld = padded_row<T>(c.depth), start = start_of_a(c, group);
@@ -127,11 +164,12 @@ class Product {
     }
   }
 
-  // [k][kGroupRows], every k of all groups before the next: what lies side by side is read at once.
-  void copy_columns(const Chunk& c, int64_t first, int64_t from, int64_t to) const {
+  // Copies [k][kGroupRows] of the groups of a part, of k in [from, to): every k of all groups
+  // before the next, for what lies side by side is read fastest at once.
+  void copy_columns(const Chunk& c, int64_t first, int64_t groups, int64_t from, int64_t to) const {
     constexpr int kWidth = Vec<T>::kWidth;
-    for (int64_t k = 0; k < c.depth; ++k) {
-      for (int64_t g = from; g < to; ++g) {
+    for (int64_t k = from; k < to; ++k) {
+      for (int64_t g = 0; g < groups; ++g) {
         const int rows = rows_of(first + g);
         const int64_t start = start_of_a(c, first + g) + k * p_.a.column;
         T* own = own_a_ + g * group_elements_ + k * kGroupRows;
@@ -151,41 +189,45 @@ class Product {
 
   // For few rows, by a right operand as it lies.
   void directly(bool threaded) const {
-    parallel(p_.n * blocks_.count, threaded, [&](int64_t task) {
-      const int64_t n = task / blocks_.count, block = task % blocks_.count;
+    const Matrix& b = p_.right[0].b;
+    parallel(p_.n * count_, threaded, [&](int64_t task) {
+      const int64_t n = task / count_, block = task % count_;
       alignas(64) T sums[kDirectRows * kMaxVectors * Vec<T>::kWidth];
       const int rows = static_cast<int>(p_.m);
       int64_t at = 0;
       do {
-        const int64_t depth = p_.k - at < kChunkK ? p_.k - at : kChunkK;
-        const Weights b{p_.b.data, p_.b.dtype, 1, p_.l, depth, 0, p_.b.column, p_.b.row};
+        const Chunk c{n, at, p_.k - at < kChunkK ? p_.k - at : kChunkK};
+        const Weights weights{b.data, b.dtype, 1, p_.right[0].l, c.depth, 0, b.column, b.row};
         const T* a = static_cast<const T*>(p_.a.data) + n * p_.a.batch + at;
-        const int64_t b_start = n * p_.b.batch + at * p_.b.row;
-        direct_product<T>(rows, b, b_start, blocks_, block, a, p_.a.row, sums);
-        leave(n, 0, block, rows, sums, at, at + depth == p_.k);
-        at += depth;
+        direct_product<T>(rows, weights, n * b.batch + at * b.row, blocks_[0], block, a, p_.a.row,
+                          sums);
+        leave(c, 0, block, rows, sums);
+        at += c.depth;
       } while (at < p_.k);
     });
   }
 
-  // A tile's sums of the chunk from `at` on, of `rows` rows from the first on, to the result; with
-  // the bias where `done`.
-  void leave(int64_t n, int64_t first, int64_t block, int rows, const T* sums, int64_t at,
-             bool done) const {
+  // A block's sums of a chunk, of `rows` rows from the first on, to the result; with the bias where
+  // the chunk is the last.
+  void leave(const Chunk& c, int64_t first, int64_t block, int rows, const T* sums) const {
     using V = Vec<T>;
-    const int vectors = blocks_.depth_vectors(block);
-    const int64_t u = blocks_.first_unit(block);
-    T* out = static_cast<T*>(p_.out) + (n * p_.m + first) * p_.l + u;
+    const int which = right_of(block);
+    const Right& r = p_.right[which];
+    const Blocks& blocks = blocks_[which];
+    const int64_t u = blocks.first_unit(own_block(block)), l = r.l;
+    const int vectors = blocks.depth_vectors(own_block(block));
+    const bool adds = c.at > 0, done = c.at + c.depth == p_.k && r.bias.data != nullptr;
+    T* out = static_cast<T*>(r.out) + (c.n * p_.m + first) * l + u;
     for (int m = 0; m < rows; ++m) {
       for (int v = 0; v < vectors; ++v) {
         const int64_t unit = u + v * V::kWidth;
-        const int lanes = lanes_at(p_.l, unit, V::kWidth);
-        T* to = out + m * p_.l + v * V::kWidth;
+        const int lanes = lanes_at(l, unit, V::kWidth);
+        T* to = out + m * l + v * V::kWidth;
         V x = V::load(sums + (m * vectors + v) * V::kWidth);
-        if (at > 0) x = V::load(to, lanes) + x;
-        if (done && p_.bias.data != nullptr) {
-          const int64_t from = n * p_.bias.batch + unit * p_.bias.column;
-          x = x + load<T>(p_.bias.data, p_.bias.dtype, from, lanes);
+        if (adds) x = V::load(to, lanes) + x;
+        if (done) {
+          const int64_t from = c.n * r.bias.batch + unit * r.bias.column;
+          x = x + load<T>(r.bias.data, r.bias.dtype, from, lanes);
         }
         x.store(to, lanes);
       }
@@ -195,7 +237,8 @@ class Product {
   // One block of a group of rows, the part's `own`-th.
   void tiles(const Chunk& c, int64_t block, int64_t group, int64_t own) const {
     using V = Vec<T>;
-    const int vectors = blocks_.depth_vectors(block), all = rows_of(group);
+    const int vectors = blocks_[right_of(block)].depth_vectors(own_block(block));
+    const int all = rows_of(group);
     const int64_t width = vectors * V::kWidth, count = (all + kRows - 1) / kRows;
     const T* a = own_a_ + own * group_elements_;
     int64_t row = padded_row<T>(c.depth), column = 1;
@@ -205,7 +248,7 @@ class Product {
       a = static_cast<const T*>(p_.a.data) + start_of_a(c, group), row = p_.a.row;
     }
     alignas(64) T sums[kGroupRows * kMaxVectors * V::kWidth];
-    const T* weights = panel(block, c);
+    const T* weights = panel(c, block);
     for (int64_t k = 0; k < c.depth || k == 0; k += kSliceK) {
       const int64_t deep = c.depth - k < kSliceK ? c.depth - k : kSliceK;
       for (int64_t tile = 0; tile < count; ++tile) {
@@ -214,12 +257,13 @@ class Product {
                         weights + k * width, deep, sums + tile * kRows * width, k > 0, Ahead());
       }
     }
-    leave(c.n, group * kGroupRows, block, all, sums, c.at, c.at + c.depth == p_.k);
+    leave(c, group * group_rows_, block, all, sums);
   }
 
   const Matmul& p_;
-  Blocks blocks_;
-  int64_t groups_;                                    // of kGroupRows rows
+  const Blocks blocks_[2];
+  const int64_t count_;
+  int64_t groups_ = 0, group_rows_ = 0;               // at most kGroupRows each
   enum { kNone, kByRows, kByColumns } copy_ = kNone;  // of the left operand
   bool blocks_first_ = false;  // all groups of a part for one block before the next block
   int64_t part_ = 1;           // groups whose rows are packed or copied at a time
@@ -230,6 +274,6 @@ class Product {
 
 template <class T>
 void run_matmul(const Matmul& p) {
-  if (p.n == 0 || p.m == 0 || p.l == 0) return;
+  if (p.n == 0 || p.m == 0 || p.right[0].l + p.right[1].l == 0) return;
   Product<T>(p).run();
 }

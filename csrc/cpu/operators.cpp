@@ -108,18 +108,19 @@ Tensor matmul(const Tensor& a, const Tensor& b, const MaybeTensor& bias) {
   Matmul p;
   p.n = a.size(0), p.m = a.size(1), p.k = a.size(2);
   check_shape("b", b, {p.n, p.k, kAny}, "[N, K, L]", a);
-  p.l = b.size(2);
+  Right& r = p.right[0];
+  r.l = b.size(2);
   const DType acc = acc_of(dtype_of("a", a));
   p.a = matrix("a", a, acc);
-  p.b = matrix("b", b, acc);
+  r.b = matrix("b", b, acc);
   Tensor kept;
   if (bias) {
-    check_shape("bias", *bias, {p.n, p.l}, "[N, L]", a);
+    check_shape("bias", *bias, {p.n, r.l}, "[N, L]", a);
     kept = as_contiguous(*bias);
-    p.bias = matrix("bias", kept, acc);
+    r.bias = matrix("bias", kept, acc);
   }
-  Tensor out = new_tensor(a, {p.n, p.m, p.l}, acc);
-  p.out = out.numel() == 0 ? nullptr : out.mutable_data_ptr();
+  Tensor out = new_tensor(a, {p.n, p.m, r.l}, acc);
+  r.out = out.numel() == 0 ? nullptr : out.mutable_data_ptr();
   chosen_kernels().matmul(p, acc);
   return out;
 }

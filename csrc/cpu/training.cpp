@@ -179,40 +179,56 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backwar
 
   Tensor dx = step.none(), dw_ih = step.none(), dw_hh = step.none(), db = step.none();
   Tensor db_hn = step.none();
-  const auto multiply = [&](int64_t m, int64_t k, int64_t n, const Matrix& a, const Matrix& b,
-                            void* to) {
-    Matmul p;
-    p.n = 1, p.m = m, p.k = k, p.l = n, p.a = a, p.b = b, p.out = to;
-    chosen_kernels().matmul(p, acc);
-  };
   if (want_x) {
     dx = step.tensor({l.steps, l.batch, step.inputs}, acc);
     const Tensor w = as_contiguous(w_ih);
-    multiply(step.rows, all, step.inputs, Matrix{gradients.at(), acc, 0, all, 1},
-             Matrix{data_of(w), io, 0, step.inputs, 1}, dx.mutable_data_ptr());
+    Matmul p;
+    p.n = 1, p.m = step.rows, p.k = all, p.a = Matrix{gradients.at(), acc, 0, all, 1};
+    p.right[0] =
+        Right{step.inputs, Matrix{data_of(w), io, 0, step.inputs, 1}, {}, dx.mutable_data_ptr()};
+    chosen_kernels().matmul(p, acc);
   }
-  if (want_w_ih) {
-    dw_ih = step.tensor({l.stack, width, step.inputs}, acc);
-    const Sequence sequence(x, io, true);
-    const RowsInOrder order(sequence.rows, l.steps, l.batch);
-    multiply(all, step.rows, step.inputs, Matrix{gradients.at(), acc, 0, 1, all},
-             Matrix{sequence.rows.data, io, 0, order.row, 1}, dw_ih.mutable_data_ptr());
-  }
-  if (want_w_hh) {
-    dw_hh = step.tensor({l.stack, width, l.hidden}, acc);
-    const Buffer before(step.rows * l.hidden * size_of(io));
-    for (int64_t s = 0; s < l.stack; ++s) {
-      entering(l, out, start, s, io, static_cast<char*>(before.at()));
-      const Matrix h{before.at(), io, 0, l.hidden, 1};
-      char* to = static_cast<char*>(dw_hh.mutable_data_ptr()) + s * width * l.hidden * size;
-      const int64_t own = cell == 1 ? 2 * l.hidden : width;
-      multiply(own, step.rows, l.hidden, Matrix{gradients.at(s * width * size), acc, 0, 1, all}, h,
-               to);
-      if (cell == 1) {
-        const Matrix dhn{inside.at(s * l.hidden * size), acc, 0, 1, l.stack * l.hidden};
-        multiply(l.hidden, step.rows, l.hidden, dhn, h, to + own * l.hidden * size);
-      }
+  if (want_w_ih) dw_ih = step.tensor({l.stack, width, step.inputs}, acc);
+  if (want_w_hh) dw_hh = step.tensor({l.stack, width, l.hidden}, acc);
+  // The gradients of a weight [n, columns] of entry s, from gate gradients `from` of which rows are
+  // `row` apart, and `of` the values that entered at each step: the columns of the gate gradients
+  // are the rows of the product.
+  const auto weights = [&](const void* from, int64_t row, int64_t n, const Right& of,
+                           const Right& also) {
+    Matmul p;
+    p.n = 1, p.m = n, p.k = step.rows, p.a = Matrix{from, acc, 0, 1, row};
+    p.right[0] = of, p.right[1] = also;
+    chosen_kernels().matmul(p, acc);
+  };
+  const auto into = [size](Tensor& t, int64_t at) {
+    return static_cast<char*>(t.mutable_data_ptr()) + at * size;
+  };
+  const Sequence sequence(x, io, true);
+  const RowsInOrder order(sequence.rows, l.steps, l.batch);
+  const Buffer before(want_w_hh ? step.rows * l.hidden * size_of(io) : 0);
+  for (int64_t s = 0; s < l.stack; ++s) {
+    Right of_x, of_h;
+    if (want_w_ih) {
+      of_x.l = step.inputs, of_x.b = Matrix{sequence.rows.data, io, 0, order.row, 1};
+      of_x.out = into(dw_ih, s * width * step.inputs);
     }
+    if (want_w_hh) {
+      entering(l, out, start, s, io, static_cast<char*>(before.at()));
+      of_h.l = l.hidden, of_h.b = Matrix{before.at(), io, 0, l.hidden, 1};
+      of_h.out = into(dw_hh, s * width * l.hidden);
+    }
+    const void* own = gradients.at(s * width * size);
+    if (cell != 1 || !want_w_hh) {
+      weights(own, all, width, of_x, of_h);
+      continue;
+    }
+    // The GRU's third gate has another gradient inside its recurrence.
+    const int64_t both = 2 * l.hidden;
+    weights(own, all, both, of_x, of_h);
+    of_x.out = want_w_ih ? into(dw_ih, (s * width + both) * step.inputs) : nullptr;
+    of_h.out = into(dw_hh, (s * width + both) * l.hidden);
+    weights(gradients.at((s * width + both) * size), all, l.hidden, of_x, Right());
+    weights(inside.at(s * l.hidden * size), l.stack * l.hidden, l.hidden, of_h, Right());
   }
   if (want_bias) {
     const auto sums = [&](const Buffer& of, int64_t n) {

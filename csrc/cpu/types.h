@@ -13,10 +13,17 @@ struct Matrix {
   int64_t batch = 0, row = 0, column = 0;
 };
 
-struct Matmul {
-  int64_t n = 0, m = 0, k = 0, l = 0;
-  Matrix a, b, bias;    // [N, M, K] [N, K, L] and [N, L] in bias.batch, bias.column (may be null)
+// What a left operand is multiplied by, and where the result goes.
+struct Right {
+  int64_t l = 0;
+  Matrix b, bias;       // [N, K, L], and [N, L] in bias.batch, bias.column (may be null)
   void* out = nullptr;  // [N, M, L] contiguous, acc
+};
+
+struct Matmul {
+  int64_t n = 0, m = 0, k = 0;
+  Matrix a;        // [N, M, K]
+  Right right[2];  // the second may have no columns
 };
 
 // out[column] = the sum of a column of data [rows, columns], contiguous, all of the arithmetic's

@@ -1,0 +1,188 @@
+// What the scans of all cells share: the forward ones the hidden state and the projection of their
+// input, the backward ones the gradient that reaches a step.
+// Included inside the instruction set's anonymous namespace; see kernels.inl.
+
+// What the forward scans share: the hidden state, its output and its final value. kPlain: all
+// tensors are of dtype T.
+template <class T, bool kPlain>
+struct ForwardScan {
+  using V = Vec<T>;
+  using Lines = LinesOf<T, kPlain>;
+  static constexpr bool kBackward = false;
+  static constexpr int kWidth = V::kWidth;
+  const Layer& layer;
+  Rows h0, y, h_n;  // [S, B, P] [T, B, S, P] [S, B, P]
+  State<T> h;       // [S, B, P] alternating: h entering the step, zeroed where a segment starts
+  Input input;
+  bool past = false;  // the tape goes past the caches
+  int phases = 1;
+  Phase<T> phase[2];
+
+  ForwardScan(Workspace<T>& memory, const Layer& l, const Input& input_, const Rows& h0_,
+              const Rows& y_, const Rows& h_n_)
+      : layer(l), h0(h0_), y(y_), h_n(h_n_), h(memory, l, l.out, true), input(input_) {}
+
+  // The first phase, of all gates: W_hh, and W_ih where the scan projects its input.
+  Phase<T> first_phase(Workspace<T>& memory, const Rows& w_hh, int gates) const {
+    const auto panels = [&](const Rows& w, int64_t depth) {
+      return Panels<T>(memory, layer, w, 0, gates, layer.hidden, depth, layer.hidden * w.row, w.row,
+                       1);
+    };
+    Phase<T> found{panels(w_hh, layer.out), {}, h, true};
+    if (input.size > 0) found.projection = panels(input.w_ih, input.size);
+    return found;
+  }
+  FN const T* input_row(int64_t t, int64_t b) const {
+    return static_cast<const T*>(input.x.data) + t * input.x.step + b * input.x.row;
+  }
+  // sums [rows][vector of units][gate] += the projection's bias, of units from u on.
+  FN void add_bias(int64_t s, int64_t u, int vectors, int64_t rows, T* sums) const {
+    if (input.bias.data == nullptr) return;
+    const int gates = phase[0].recurrent.weights.gates;
+    const LinesOf<T, true> bias(input.bias, 0, s);
+    V of[kMaxVectors];
+    for (int v = 0; v < vectors * gates; ++v) {
+      const int64_t unit = u + v / gates * kWidth;
+      of[v] = bias.load(0, v % gates * layer.hidden + unit, lanes_at(layer.hidden, unit, kWidth));
+    }
+    for (int64_t b = 0; b < rows; ++b) {
+      for (int v = 0; v < vectors * gates; ++v, sums += kWidth) (V::load(sums) + of[v]).store(sums);
+    }
+  }
+
+  FN bool reverse(int64_t s) const { return layer.reverse[s] != 0; }
+  FN bool last(const Step& at) const { return at.i + 1 == layer.steps; }
+  template <class M>
+  FN M marks(const Step& at) const {
+    return forward_marks<M>(layer, reverse(at.s), at.t);
+  }
+  // target[0, n) = the initial state of row b, zeroed where the first step starts a segment; zeros
+  // in the rest of a last vector, which stay zeros.
+  FN void start_state(T* target, const Rows& initial, int64_t s, int64_t b, int64_t n) const {
+    const int64_t t = reverse(s) ? layer.steps - 1 : 0;
+    const bool cut =
+        layer.flags != nullptr && backward_marks<Marks>(layer, reverse(s), t).starts(b);
+    const Lines from(initial, 0, s);
+    for (int64_t u = 0; u < n; u += kWidth) {
+      (cut ? V(T(0)) : from.load_or_zero(b, u, lanes_at(n, u, kWidth))).store(target + u);
+    }
+  }
+  void start(int64_t s, int64_t b) const { start_state(h.row(s, b), h0, s, b, layer.out); }
+  void end(int64_t, int64_t) const {}
+
+  // The hidden state, handed from step to step by vectors of n units from u on.
+  struct Hidden {
+    const T* before;
+    T* after;
+    int64_t ld;
+    Lines y, final;  // final: absent but at the last step
+
+    FN Hidden(const ForwardScan& scan, const Step& at)
+        : before(scan.h.row(at.s, 0, at.i & 1)),
+          after(scan.h.row(at.s, 0, (at.i + 1) & 1)),
+          ld(scan.h.ld),
+          y(scan.y, at.t, at.s),
+          final(scan.last(at) ? scan.h_n : Rows{}, 0, at.s) {}
+    FN V previous(int64_t b, int64_t u) const { return V::load(before + b * ld + u); }
+    // over: the step was not taken; cut: the next one begins a segment.
+    FN void put(int64_t b, int64_t u, int n, bool over, bool cut, V value) const {
+      const V zero(T(0));
+      if (over) value = previous(b, u);
+      y.store(b, u, n, zero_if(over, value));
+      zero_if(cut, value).store(after + b * ld + u);
+      if (final) final.store(b, u, n, value);
+    }
+  };
+};
+
+// What the backward scans share. The gradient that reaches the state after a step is `carried`
+// (what does not pass the recurrent weights) plus the product of `operand`, the gate gradients of
+// the step processed before; both are zero where a segment began there.
+template <class T, bool kPlain>
+struct BackwardScan {
+  using V = Vec<T>;
+  using Lines = LinesOf<T, kPlain>;
+  static constexpr bool kBackward = true;
+  static constexpr int kWidth = V::kWidth;
+  const Layer& layer;
+  Rows dy, dh_n, dh0;         // [T, B, S, P] [S, B, P] (either may be null), [S, B, P]
+  State<T> operand, carried;  // [S, B, G*H] alternating, [S, B, P]
+  bool past = false;          // the gates' gradients go past the caches
+  int phases = 1;
+  Phase<T> phase[2];
+
+  BackwardScan(Workspace<T>& memory, const Layer& l, int64_t depth, const Rows& dy_,
+               const Rows& dh_n_, const Rows& dh0_)
+      : layer(l),
+        dy(dy_),
+        dh_n(dh_n_),
+        dh0(dh0_),
+        operand(memory, l, depth, true),
+        carried(memory, l, l.out, false) {}
+
+  FN bool reverse(int64_t s) const { return layer.reverse[s] != 0; }
+  template <class M>
+  FN M marks(const Step& at) const {
+    return backward_marks<M>(layer, reverse(at.s), at.t);
+  }
+  // target[0, n) = what of row b a tensor has, or zeros; zeros in the rest of a last vector.
+  FN void start_state(T* target, const Rows& initial, int64_t s, int64_t b, int64_t n) const {
+    const Lines from(initial, 0, s);
+    for (int64_t u = 0; u < n; u += kWidth) {
+      from.load_or_zero(b, u, lanes_at(n, u, kWidth)).store(target + u);
+    }
+  }
+  void start(int64_t s, int64_t b) const { start_state(carried.row(s, b), dh_n, s, b, layer.out); }
+  void end(int64_t, int64_t) const {}
+
+  // The gradient of the state after a step, by vectors of n units from u on.
+  struct Reaching {
+    T* rest;
+    int64_t ld;
+    Lines dy;
+
+    FN Reaching(const BackwardScan& scan, const Step& at)
+        : rest(scan.carried.row(at.s, 0)), ld(scan.carried.ld), dy(scan.dy, at.t, at.s) {}
+    // All of it; dy counts only where the step was taken (not `over`).
+    FN V all(int64_t b, int64_t u, int n, bool over, V product) const {
+      const V dh = carried(b, u) + product;
+      return over ? dh : dh + dy.load_or_zero(b, u, n);
+    }
+    FN V carried(int64_t b, int64_t u) const { return V::load(rest + b * ld + u); }
+    FN void carry(int64_t b, int64_t u, V value) const { value.store(rest + b * ld + u); }
+  };
+  // The gate gradients that the next step multiplies: rows of [G*H], operand.ld apart.
+  FN T* next_operand(const Step& at) const { return operand.row(at.s, 0, (at.i + 1) & 1); }
+  void finish(int64_t s, int64_t b, int64_t u, int vectors, const T* sums) const {
+    const Lines to(dh0, 0, s);
+    for (int v = 0; v < vectors; ++v, u += kWidth, sums += kWidth) {
+      const V carry = V::load(carried.row(s, b) + u);
+      to.store(b, u, lanes_at(layer.out, u, kWidth), carry + V::load(sums));
+    }
+  }
+  // The step whose state entered step t, or -1 where that was the initial state.
+  FN int64_t step_before(int64_t t, int64_t s) const {
+    if (!reverse(s)) return t - 1;
+    return t + 1 < layer.steps ? t + 1 : -1;
+  }
+  // The state that entered a step: another step's, the initial one, or none (zero).
+  template <class M>
+  struct Entering {
+    Lines states, initial;
+    M marks, before;  // of the step; of the one before, where a row may have ended
+    bool first, may_end;
+
+    FN Entering(const BackwardScan& scan, const Rows& states_, const Rows& initial_, const Step& at)
+        : states(states_, scan.step_before(at.t, at.s), at.s),
+          initial(initial_, 0, at.s),
+          marks(scan.template marks<M>(at)),
+          before(scan.layer, scan.step_before(at.t, at.s), -1),
+          first(scan.step_before(at.t, at.s) < 0),
+          may_end(scan.reverse(at.s)) {}
+    FN V load(int64_t b, int64_t u, int n) const {
+      if (marks.starts(b)) return V(T(0));
+      const bool start = first || (may_end && before.ended(b));
+      return start ? initial.load_or_zero(b, u, n) : states.load_or_zero(b, u, n);
+    }
+  };
+};
