@@ -16,7 +16,7 @@ import torch
 # After everything else, so that an installed fused_rnn stays in front of the source tree's.
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
 
-from benchmarks import cases, compare, onnx_model, plot, providers, report, stats
+from benchmarks import cases, compare, onnx_model, plot, providers, report, scaling, stats
 from benchmarks.cases import CASES, Case, Job, UnknownName
 from benchmarks.cli import main
 from benchmarks.floor import operations
@@ -537,3 +537,16 @@ def test_a_sweep_leaves_a_picture(tmp_path, capsys):
     assert main([*arguments, "--providers", "torch,ours"]) == 0
     assert "sweep/1_t" in capsys.readouterr().out
     assert (tmp_path / "ratios.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_scaling_is_a_table(capsys):
+    scaling.main(["--steps", "1", "3", "--rows", "2", "--hidden", "8", "--budget", "0.01"])
+    head, rule, *rows = capsys.readouterr().out.splitlines()
+    assert head.count("|") == rule.count("|") == len(scaling.COLUMNS) + 1
+    assert [row.split("|")[1:3] for row in rows] == [
+        [" 1 ", " 16 "],
+        [" 3 ", " 16 "],
+        [" 100 ", " 2 "],
+    ]
+    seconds, training, extra = scaling.measure("ours", "GRU", 8, 5, 2, budget_s=0.01)
+    assert seconds > 0 and training > 0 and extra >= 0

@@ -96,6 +96,43 @@ def test_few_steps(monkeypatch, cell, steps, rows):
 
 
 @cells
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("size", [1, 100, 512, 513])  # 512: the most a scan projects itself
+@pytest.mark.parametrize("rows, hidden", [(13, 17), (100, 64), (40, 530)])
+def test_projected_by_the_scan(monkeypatch, cell, threads, size, rows, hidden):
+    """Rows enough for the scan to project its input itself: the bits of a product before it."""
+    torch.set_num_threads(threads)
+    inputs = layer(cell, steps=3, rows=rows, size=size, hidden=hidden)
+    found = outcomes(cell, inputs, spec_of(cell))
+    in_parts(monkeypatch)
+    expected = outcomes(cell, inputs, spec_of(cell))
+    for a, b in zip(found[0], expected[0], strict=True):
+        assert torch.equal(a, b)
+
+
+@cells
+def test_large_tapes(cell):
+    """What is written past the caches is what smaller batches leave in them."""
+    steps, rows, hidden = 120, 96, 64  # a tape of 11 MiB and more; of 8 rows, less than one
+    inputs = layer(cell, steps=steps, rows=rows, size=5, hidden=hidden, stack=1)
+    outputs, gradients = outcomes(cell, inputs, spec_of(cell, 1))
+    for part in (slice(0, 8), slice(40, 48)):
+        few = inputs._replace(
+            x=inputs.x[:, part].detach().requires_grad_(),
+            h0=inputs.h0[:, part].detach().requires_grad_(),
+            c0=None if inputs.c0 is None else inputs.c0[:, part].detach().requires_grad_(),
+        )
+        y, *_ = autograd.EagerScan.apply(spec_of(cell, 1), *few)
+        assert torch.equal(y, outputs[0][:, part])
+        everything, *_ = autograd.EagerScan.apply(spec_of(cell, 1), *inputs)
+        dy = torch.randn(steps, rows, 1, hidden, generator=torch.Generator().manual_seed(1))
+        (dx,) = torch.autograd.grad(y, few.x, dy[:, part])
+        (all_dx,) = torch.autograd.grad(everything, inputs.x, dy)
+        assert torch.equal(dx, all_dx[:, part])
+    assert all(torch.isfinite(g).all() for g in gradients)
+
+
+@cells
 def test_strided_tensors(monkeypatch, cell):
     inputs = layer(cell)
     strided = inputs._replace(

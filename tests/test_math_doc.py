@@ -376,6 +376,28 @@ def test_tanh_form():
     assert ulps(large[few], truth[few]) > 1000  # why the polynomial is there
 
 
+def parts_of_exp(x):
+    """2^N and e^r - 1 with x = N ln 2 + r."""
+    high = 0.693145751953125
+    n = torch.round(x * (1 / math.log(2)))
+    r = (x - n * high) - n * (math.log(2) - high)
+    return torch.exp2(n.double()).float(), torch.expm1(r.double()).float()
+
+
+def test_forms_without_cases():
+    x = float32_points()
+    power, rest = parts_of_exp(-x.clamp(-87, 87))
+    ours = 1 / ((1 + power) + power * rest)
+    inside = x.abs() < 87
+    assert ulps(ours[inside], torch.sigmoid(x.double())[inside]) <= 3
+    power, rest = parts_of_exp(2 * x.clamp(-20, 20))
+    minus_one = (power - 1) + power * rest
+    ours = minus_one / (minus_one + 2)
+    normal = (x.abs() > 1e-25) | (x == 0)
+    assert ulps(ours[normal], torch.tanh(x.double())[normal]) <= 3
+    assert torch.equal(ours[x.abs() > 20], x[x.abs() > 20].sign())
+
+
 def test_slopes_do_not_cancel():
     """s (1 - s) and (1 - y)(1 + y) keep what s - s^2 and 1 - y^2 lose in a saturated gate."""
     a = torch.linspace(4, 8, 1001)

@@ -18,7 +18,8 @@ constexpr int kTileRows[5] = {0, 6, 6, 4, 3};
 constexpr int kMaxVectors = 4;
 
 // Rows whose sums are in the first-level cache at a time, and the slice of a panel, along k, that
-// all their tiles use before the next: 12 KiB of sums, 8 KiB of panel, 6 KiB of operands.
+// all their tiles use before the next: 12 KiB of sums (and as much of a projected input), 8 KiB of
+// panel, 6 KiB of operands.
 constexpr int64_t kGroupRows = 48;
 constexpr int64_t kSliceK = 32;
 static_assert(kSliceK % kBlockK == 0, "the order of sums must not depend on the slices");

@@ -4,7 +4,7 @@
 template <class T, bool kPlain>
 struct GruForwardScan : ForwardScan<T, kPlain> {
   using Base = ForwardScan<T, kPlain>;
-  using Base::kWidth, Base::layer, Base::h;
+  using Base::kWidth, Base::layer;
   using typename Base::V, typename Base::Lines, typename Base::Hidden;
   const GruForward& p;
   State<T> rh, z;  // reset before: [S, B, H] r * h, the operand of W_hn; z, for the second phase

@@ -36,8 +36,9 @@ class Model {
     STD_TORCH_CHECK(steps_ > 0, "x must have steps");
     STD_TORCH_CHECK(weights[1].dim() == 2, "w_hh must have shape [G*H, P]");
     hidden_ = weights[1].size(0) / gates_, out_ = weights[1].size(1);
-    STD_TORCH_CHECK(hidden_ > 0 && (projected || hidden_ == out_), "w_hh must have shape [", gates_,
-                    "*H, H] with H > 0, got ", shape_of(weights[1]));
+    STD_TORCH_CHECK(hidden_ > 0 && out_ > 0 && (projected || hidden_ == out_),
+                    "w_hh must have shape [", gates_, "*H, H] with H > 0, got ",
+                    shape_of(weights[1]));
     io_ = dtype_of("w_hh", weights[1]), acc_ = acc_of(io_);
     same_dtype("x", x);
     for (int64_t at = 0; at < layers_ * directions_; ++at) {

@@ -4,7 +4,7 @@
 template <class T, bool kPlain>
 struct LstmForwardScan : ForwardScan<T, kPlain> {
   using Base = ForwardScan<T, kPlain>;
-  using Base::kWidth, Base::layer, Base::h;
+  using Base::kWidth, Base::layer;
   using typename Base::V, typename Base::Lines, typename Base::Hidden;
   const LstmForward& p;
   bool projected;

@@ -35,8 +35,7 @@ class Product {
     const bool lies = b.row == 1 || b.column == 1;
     if (p_.m <= kDirectRows && lies && along && p_.right[1].l == 0) return directly(threaded);
     const int64_t chunk = p_.k < kChunkK ? p_.k : kChunkK;
-    // Rows that lie one after another share no sets of a cache, and few blocks make no use of a
-    // copy.
+    // Rows that lie one after another fill a cache evenly, and few blocks make no use of a copy.
     const bool pays = p_.a.row != chunk && p_.m > kRows && count_ >= kCopiesPay;
     copy_ = p_.a.column != 1 ? kByColumns : !along || pays ? kByRows : kNone;
     const int64_t panels = chunk * (blocks_[0].row_elements() + blocks_[1].row_elements());
@@ -266,7 +265,7 @@ class Product {
   int64_t groups_ = 0, group_rows_ = 0;               // at most kGroupRows each
   enum { kNone, kByRows, kByColumns } copy_ = kNone;  // of the left operand
   bool blocks_first_ = false;  // all groups of a part for one block before the next block
-  int64_t part_ = 1;           // groups whose rows are packed or copied at a time
+  int64_t part_ = 1;           // groups whose rows are copied at a time
   int64_t group_elements_ = 0;
   T *panels_ = nullptr, *own_a_ = nullptr;
   Meeting meeting_;

@@ -421,6 +421,7 @@ class Runner {
         if (asked < rows) {
           ask(from + first + asked, from + first + (asked + part < rows ? asked + part : rows));
         }
+        // Sums of rows that have ended are whatever was there, and not looked at.
         if (Scan::kBackward || any_active(t, from + first, rows)) {
           Ahead ahead;
           if (asks) ahead = Ahead(after, deep * width * sizeof(T), count, tile, deep);

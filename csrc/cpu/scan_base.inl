@@ -169,16 +169,16 @@ struct BackwardScan {
   template <class M>
   struct Entering {
     Lines states, initial;
-    M marks, before;  // of the step; of the one before, where a row may have ended
     bool first, may_end;
+    M marks, before;  // of the step; of the one before, where a row may have ended
 
     FN Entering(const BackwardScan& scan, const Rows& states_, const Rows& initial_, const Step& at)
         : states(states_, scan.step_before(at.t, at.s), at.s),
           initial(initial_, 0, at.s),
-          marks(scan.template marks<M>(at)),
-          before(scan.layer, scan.step_before(at.t, at.s), -1),
           first(scan.step_before(at.t, at.s) < 0),
-          may_end(scan.reverse(at.s)) {}
+          may_end(scan.reverse(at.s)),
+          marks(scan.template marks<M>(at)),
+          before(scan.layer, first ? at.t : scan.step_before(at.t, at.s), -1) {}
     FN V load(int64_t b, int64_t u, int n) const {
       if (marks.starts(b)) return V(T(0));
       const bool start = first || (may_end && before.ended(b));

@@ -1,8 +1,9 @@
 // The operators fused_rnn::cpu_layer_forward and cpu_layer_backward: one layer of a training step
 // in one call each way, input projection and weight gradients included. They run the kernels that
 // the operators of a scan and of a matrix product run, so the numbers are theirs; what they save is
-// what lies between, and the projected input and the gates' gradients stay in memory kept from call
-// to call. Not for flags, a projected state, or a tape that has to be rebuilt.
+// what lies between: the projected input, where a scan does not project, and the gates' gradients
+// are in memory kept from call to call. Not for flags, a projected state, or a tape that has to be
+// rebuilt.
 #include <cstring>
 
 #include "layer.h"
@@ -203,7 +204,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backwar
   const auto into = [size](Tensor& t, int64_t at) {
     return static_cast<char*>(t.mutable_data_ptr()) + at * size;
   };
-  const Sequence sequence(x, io, true);
+  const Sequence sequence(x, io, want_w_ih);  // without, in whatever order: it is not read
   const RowsInOrder order(sequence.rows, l.steps, l.batch);
   const Buffer before(want_w_hh ? step.rows * l.hidden * size_of(io) : 0);
   for (int64_t s = 0; s < l.stack; ++s) {

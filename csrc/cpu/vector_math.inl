@@ -1,5 +1,5 @@
-// sigmoid, tanh and relu of Vec, within 2 ulp; NaN in gives NaN out, infinities what the largest
-// arguments give.
+// sigmoid, tanh and relu of Vec, within 3 ulp where the result is a normal number; NaN in gives NaN
+// out, and infinities their limits.
 // Included inside the instruction set's anonymous namespace; see kernels.inl.
 
 // With x = sign n ln 2 + r, |r| <= ln 2 / 2: exp(sign x) = 2^n exp(sign r).
@@ -69,7 +69,8 @@ FN Vec<T> sigmoid(Vec<T> x) {
   using V = Vec<T>;
   constexpr T kLargest = ExpSeries<T>::kLargest;
   const ExpParts<T> e = exp_parts<-1>(at_least(at_most(x, V(kLargest)), V(-kLargest)));
-  return reciprocal(fma(e.power, e.rest, V(T(1)) - e.power));
+  const V s = reciprocal(fma(e.power, e.rest, V(T(1)) - e.power));
+  return if_less(x, V(-kLargest), V(T(0)), s);
 }
 
 // E / (E + 2) with E = exp(2x) - 1, which keeps its digits near zero: there 2^n is 1.
