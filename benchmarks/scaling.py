@@ -73,7 +73,7 @@ def _apart(*arguments):
 
 def table(cell, hidden, sizes, budget_s):
     """Lines of a Markdown table."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "| " + "--- | " * len(COLUMNS)]
+    lines = ["| " + " | ".join(COLUMNS) + " |", "| --- " * len(COLUMNS) + "|"]
     for steps, rows in sizes:
         ours = _apart("ours", cell, hidden, steps, rows, budget_s)
         other = _apart("torch", cell, hidden, steps, rows, budget_s)
