@@ -40,8 +40,7 @@ struct GruForwardScan : ForwardScan<T, kPlain> {
     const V zero(T(0));
     const auto marks = this->template marks<M>(at);
     const Hidden hidden(*this, at);
-    const GatesX<T, kPlain> x(p.gates_x, at.t, at.s, size, projected, 3, span.vectors * 3 * kWidth,
-                              span.from, span.u);
+    const GatesX<T, kPlain> x(p.gates_x, at, span, size, projected, 3);
     const Lines tape(p.gates, at.t, at.s), bias(p.b_hn, 0, at.s);
     span.each<T>(size, 3, sums, [&](int64_t b, int64_t u, int n, T* own, int v) FN_LAMBDA {
       const bool over = marks.ended(b), cut = !over && marks.starts(b);
@@ -113,7 +112,7 @@ struct GruForwardScan : ForwardScan<T, kPlain> {
 template <class T, bool kPlain>
 struct GruBackwardScan : BackwardScan<T, kPlain> {
   using Base = BackwardScan<T, kPlain>;
-  using Base::kWidth, Base::layer;
+  using Base::layer;
   using typename Base::V, typename Base::Lines, typename Base::Reaching;
   const GruBackward& p;
   State<T> dn;  // reset before: [S, B, H], the operand of d(r * h)

@@ -118,7 +118,7 @@ struct AnyForward {
     const int64_t threads = thread_count(), stack = layer.stack;
     const int64_t rows = layer.batch / (threads > stack ? threads / stack : 1);
     const int64_t bytes = width * (layer.out + input.size) * size_of(acc);
-    return rows >= 6 && (bytes <= l2_bytes() * 3 / 4 || rows >= 32);
+    return rows >= 6 && (bytes <= kCacheFilled * l2_bytes() || rows >= 32);
   }
 
   void scan(int64_t cell, DType acc, const Rows& gates_x, const Input& own) const {

@@ -82,9 +82,8 @@ class Model {
       void* to = layer + 1 == layers_ ? y.mutable_data_ptr()
                  : layer % 2          ? other.at()
                                       : between.at();
-      const void* from = layer % 2 ? between.at() : other.at();
-      const Rows x =
-          layer == 0 ? given.rows : Rows{const_cast<void*>(from), io_, batch_ * width, width, 0};
+      void* from = layer % 2 ? between.at() : other.at();
+      const Rows x = layer == 0 ? given.rows : Rows{from, io_, batch_ * width, width, 0};
       run_layer(layer, x, layer == 0 ? x_.size(2) : width, bias, to);
     }
     return {y, h_n, c_n};

@@ -52,8 +52,7 @@ struct LstmForwardScan : ForwardScan<T, kPlain> {
     const V zero(T(0));
     const auto marks = this->template marks<M>(at);
     const Hidden hidden(*this, at);
-    const GatesX<T, kPlain> x(p.gates_x, at.t, at.s, size, projected_x, 4,
-                              span.vectors * 4 * kWidth, span.from, span.u);
+    const GatesX<T, kPlain> x(p.gates_x, at, span, size, projected_x, 4);
     const Lines cells(p.cells, at.t, at.s), tape(p.gates, at.t, at.s);
     const Lines c_n(this->last(at) ? p.c_n : Rows{}, 0, at.s);
     T* cell = c.row(at.s, 0);
@@ -119,7 +118,7 @@ struct LstmBackwardScan : BackwardScan<T, kPlain> {
 
   void start(int64_t s, int64_t b) const {
     Base::start(s, b);
-    this->start_state(dc.row(s, b), p.dc_n, s, b, layer.hidden);
+    start_row<T, kPlain>(dc.row(s, b), p.dc_n, s, b, layer.hidden);
   }
   FN void ahead(int number, int64_t t, int64_t s, int64_t b, int64_t u, int64_t units) const {
     if (number == 0) ask_for(p.dy, t, b, s, u, units, 1, 0);
@@ -144,7 +143,6 @@ struct LstmBackwardScan : BackwardScan<T, kPlain> {
       return gates<M>(at, span, sums,
                       [](int64_t, int64_t, int, bool, V product) FN_LAMBDA { return product; });
     }
-    const V zero(T(0));
     const Reaching reaching(*this, at);
     const auto reached = [&](int64_t b, int64_t u, int n, bool over, V product) FN_LAMBDA {
       const V all = reaching.all(b, u, n, over, product);

@@ -115,6 +115,9 @@ class Product {
   FN int64_t own_block(int64_t block) const {
     return block - (right_of(block) ? blocks_[0].count : 0);
   }
+  FN int vectors_of(int64_t block) const {
+    return blocks_[right_of(block)].depth_vectors(own_block(block));
+  }
   FN T* panel(const Chunk& c, int64_t block) const {
     const int r = right_of(block);
     const int64_t before = r ? blocks_[0].row_elements() : 0;
@@ -139,7 +142,7 @@ class Product {
     const int r = right_of(block);
     const Matrix& b = p_.right[r].b;
     const Weights weights{b.data, b.dtype, 1, p_.right[r].l, to - from, 0, b.column, b.row};
-    const int64_t width = blocks_[r].depth_vectors(own_block(block)) * Vec<T>::kWidth;
+    const int64_t width = vectors_of(block) * Vec<T>::kWidth;
     pack_panel(weights, c.n * b.batch + (c.at + from) * b.row, blocks_[r], own_block(block),
                panel(c, block) + from * width);
   }
@@ -210,11 +213,9 @@ class Product {
   // the chunk is the last.
   void leave(const Chunk& c, int64_t first, int64_t block, int rows, const T* sums) const {
     using V = Vec<T>;
-    const int which = right_of(block);
+    const int which = right_of(block), vectors = vectors_of(block);
     const Right& r = p_.right[which];
-    const Blocks& blocks = blocks_[which];
-    const int64_t u = blocks.first_unit(own_block(block)), l = r.l;
-    const int vectors = blocks.depth_vectors(own_block(block));
+    const int64_t u = blocks_[which].first_unit(own_block(block)), l = r.l;
     const bool adds = c.at > 0, done = c.at + c.depth == p_.k && r.bias.data != nullptr;
     T* out = static_cast<T*>(r.out) + (c.n * p_.m + first) * l + u;
     for (int m = 0; m < rows; ++m) {
@@ -236,8 +237,7 @@ class Product {
   // One block of a group of rows, the part's `own`-th.
   void tiles(const Chunk& c, int64_t block, int64_t group, int64_t own) const {
     using V = Vec<T>;
-    const int vectors = blocks_[right_of(block)].depth_vectors(own_block(block));
-    const int all = rows_of(group);
+    const int vectors = vectors_of(block), all = rows_of(group);
     const int64_t width = vectors * V::kWidth, count = (all + kRows - 1) / kRows;
     const T* a = own_a_ + own * group_elements_;
     int64_t row = padded_row<T>(c.depth), column = 1;

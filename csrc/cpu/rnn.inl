@@ -4,7 +4,7 @@
 template <class T, bool kPlain>
 struct RnnForwardScan : ForwardScan<T, kPlain> {
   using Base = ForwardScan<T, kPlain>;
-  using Base::kWidth, Base::layer;
+  using Base::layer;
   using typename Base::V, typename Base::Lines, typename Base::Hidden;
   const RnnForward& p;
 
@@ -22,8 +22,7 @@ struct RnnForwardScan : ForwardScan<T, kPlain> {
     const bool relu = p.relu;
     const auto marks = this->template marks<M>(at);
     const Hidden hidden(*this, at);
-    const GatesX<T, kPlain> x(p.gates_x, at.t, at.s, layer.hidden, projected, 1,
-                              span.vectors * kWidth, span.from, span.u);
+    const GatesX<T, kPlain> x(p.gates_x, at, span, layer.hidden, projected, 1);
     span.each<T>(layer.hidden, 1, sums, [&](int64_t b, int64_t u, int n, T* own, int v) FN_LAMBDA {
       const bool over = marks.ended(b), cut = !over && marks.starts(b);
       V value(T(0));
@@ -38,7 +37,7 @@ struct RnnForwardScan : ForwardScan<T, kPlain> {
 template <class T, bool kPlain>
 struct RnnBackwardScan : BackwardScan<T, kPlain> {
   using Base = BackwardScan<T, kPlain>;
-  using Base::kWidth, Base::layer;
+  using Base::layer;
   using typename Base::V, typename Base::Lines, typename Base::Reaching;
   const RnnBackward& p;
 

@@ -82,38 +82,6 @@ FN Vec<T> zero_if(bool zero, Vec<T> x) {
   return x;
 }
 
-// Where a forward scan's epilogue reads gates_x, of rows from `from` on and vectors of units from u
-// on: in memory, or as they were projected, [row][vector of units][gate][kWidth].
-template <class T, bool kPlain>
-struct GatesX {
-  using V = Vec<T>;
-  LinesOf<T, kPlain> lines;
-  const T* at;
-  int64_t row, vector, gate, from, u;
-
-  FN GatesX(const Rows& gates_x, int64_t t, int64_t s, int64_t units, const T* projected, int gates,
-            int64_t width, int64_t from_, int64_t u_)
-      : lines(gates_x, t, s),
-        at(projected),
-        row(width),
-        vector(gates),
-        gate(1),
-        from(from_),
-        u(u_) {
-    vector *= V::kWidth, gate *= V::kWidth;
-    if (kPlain && projected == nullptr) {
-      at = static_cast<const T*>(lines.data) + lines.at + from * lines.row + u;
-      row = lines.row, vector = V::kWidth, gate = units;
-    }
-    if (!kPlain && projected == nullptr) gate = units;
-  }
-  // Gate g of n units, the v-th vector, of row b.
-  FN V load(int64_t b, int v, int g, int n) const {
-    if (!kPlain && at == nullptr) return lines.load(b, g * gate + u + v * V::kWidth, n);
-    return V::load(at + (b - from) * row + v * vector + g * gate, n);
-  }
-};
-
 template <class T, class... More>
 FN bool all_plain(const Rows& rows, const More&... more) {
   if (rows.data != nullptr && rows.dtype != kNative<T>) return false;

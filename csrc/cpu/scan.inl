@@ -85,8 +85,7 @@ template <class T>
 constexpr double kFlopsPerSecond = 9e9 * Vec<T>::kWidth;
 constexpr double kCacheBytesPerSecond = 1.2e11;
 constexpr double kMemoryBytesPerSecond = 2.4e10;
-constexpr double kCacheFilled = 0.75;           // of the second-level cache: as much stays there
-constexpr double kDirectBytesPerSecond = 4e10;  // of weights that are not packed
+constexpr double kDirectBytesPerSecond = 4e10;                     // of weights that are not packed
 constexpr double kGateSeconds = 1.6e-9 * 16 / Vec<float>::kWidth;  // of a unit of a row
 constexpr double kSecondsPerRegion = 5e-6;   // to start and join PyTorch's threads
 constexpr double kSecondsPerMeeting = 3e-7;  // of threads that wait for one another

@@ -2,6 +2,44 @@
 // input, the backward ones the gradient that reaches a step.
 // Included inside the instruction set's anonymous namespace; see kernels.inl.
 
+// Where a forward scan's epilogue reads gates_x of a span of rows and units: in memory, or as they
+// were projected, [row][vector of units][gate][kWidth].
+template <class T, bool kPlain>
+struct GatesX {
+  using V = Vec<T>;
+  LinesOf<T, kPlain> lines;
+  const Span span;
+  const T* at;  // of the span's first row and unit; null: by `lines`, which converts
+  int64_t row, vector, gate;
+
+  FN GatesX(const Rows& gates_x, const Step& step, const Span& span_, int64_t units,
+            const T* projected, int gates)
+      : lines(gates_x, step.t, step.s), span(span_), at(projected) {
+    if (projected != nullptr) {
+      row = span.vectors * gates * V::kWidth, vector = gates * V::kWidth, gate = V::kWidth;
+    } else {
+      row = lines.row, vector = V::kWidth, gate = units;
+      if (kPlain) at = static_cast<const T*>(lines.data) + lines.at + span.from * row + span.u;
+    }
+  }
+  // Gate g of n units, the v-th vector, of row b.
+  FN V load(int64_t b, int v, int g, int n) const {
+    if (!kPlain && at == nullptr) return lines.load(b, g * gate + span.u + v * vector, n);
+    return V::load(at + (b - span.from) * row + v * vector + g * gate, n);
+  }
+};
+
+// target[0, n) = what of row b a tensor [S, B, n] has, or zeros where it is absent; zeros in the
+// rest of a last vector, which stay zeros.
+template <class T, bool kPlain>
+FN void start_row(T* target, const Rows& initial, int64_t s, int64_t b, int64_t n) {
+  constexpr int kWidth = Vec<T>::kWidth;
+  const LinesOf<T, kPlain> from(initial, 0, s);
+  for (int64_t u = 0; u < n; u += kWidth) {
+    from.load_or_zero(b, u, lanes_at(n, u, kWidth)).store(target + u);
+  }
+}
+
 // What the forward scans share: the hidden state, its output and its final value. kPlain: all
 // tensors are of dtype T.
 template <class T, bool kPlain>
@@ -56,16 +94,12 @@ struct ForwardScan {
   FN M marks(const Step& at) const {
     return forward_marks<M>(layer, reverse(at.s), at.t);
   }
-  // target[0, n) = the initial state of row b, zeroed where the first step starts a segment; zeros
-  // in the rest of a last vector, which stay zeros.
+  // A state's initial value, zero where the first step starts a segment.
   FN void start_state(T* target, const Rows& initial, int64_t s, int64_t b, int64_t n) const {
     const int64_t t = reverse(s) ? layer.steps - 1 : 0;
     const bool cut =
         layer.flags != nullptr && backward_marks<Marks>(layer, reverse(s), t).starts(b);
-    const Lines from(initial, 0, s);
-    for (int64_t u = 0; u < n; u += kWidth) {
-      (cut ? V(T(0)) : from.load_or_zero(b, u, lanes_at(n, u, kWidth))).store(target + u);
-    }
+    start_row<T, kPlain>(target, cut ? Rows{} : initial, s, b, n);
   }
   void start(int64_t s, int64_t b) const { start_state(h.row(s, b), h0, s, b, layer.out); }
   void end(int64_t, int64_t) const {}
@@ -86,7 +120,6 @@ struct ForwardScan {
     FN V previous(int64_t b, int64_t u) const { return V::load(before + b * ld + u); }
     // over: the step was not taken; cut: the next one begins a segment.
     FN void put(int64_t b, int64_t u, int n, bool over, bool cut, V value) const {
-      const V zero(T(0));
       if (over) value = previous(b, u);
       y.store(b, u, n, zero_if(over, value));
       zero_if(cut, value).store(after + b * ld + u);
@@ -125,14 +158,9 @@ struct BackwardScan {
   FN M marks(const Step& at) const {
     return backward_marks<M>(layer, reverse(at.s), at.t);
   }
-  // target[0, n) = what of row b a tensor has, or zeros; zeros in the rest of a last vector.
-  FN void start_state(T* target, const Rows& initial, int64_t s, int64_t b, int64_t n) const {
-    const Lines from(initial, 0, s);
-    for (int64_t u = 0; u < n; u += kWidth) {
-      from.load_or_zero(b, u, lanes_at(n, u, kWidth)).store(target + u);
-    }
+  void start(int64_t s, int64_t b) const {
+    start_row<T, kPlain>(carried.row(s, b), dh_n, s, b, layer.out);
   }
-  void start(int64_t s, int64_t b) const { start_state(carried.row(s, b), dh_n, s, b, layer.out); }
   void end(int64_t, int64_t) const {}
 
   // The gradient of the state after a step, by vectors of n units from u on.

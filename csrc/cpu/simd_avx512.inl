@@ -47,7 +47,6 @@ using VecD = Vec<double>;
 FN VecF operator+(VecF a, VecF b) { return _mm512_add_ps(a.v, b.v); }
 FN VecF operator-(VecF a, VecF b) { return _mm512_sub_ps(a.v, b.v); }
 FN VecF operator*(VecF a, VecF b) { return _mm512_mul_ps(a.v, b.v); }
-FN VecF operator/(VecF a, VecF b) { return _mm512_div_ps(a.v, b.v); }
 FN VecF fma(VecF a, VecF b, VecF c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 FN VecD operator+(VecD a, VecD b) { return _mm512_add_pd(a.v, b.v); }
 FN VecD operator-(VecD a, VecD b) { return _mm512_sub_pd(a.v, b.v); }

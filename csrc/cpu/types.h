@@ -84,7 +84,8 @@ void meet(Meeting& meeting, uint64_t arrived);
 // bytes of memory aligned to 64, or an exception; released by free_workspace.
 void* allocate_workspace(size_t bytes);
 void free_workspace(void* memory);
-// Bytes of second-level cache of one core.
+// Bytes of second-level cache of one core, and the part of it in which weights stay.
 int64_t l2_bytes();
+constexpr double kCacheFilled = 0.75;
 
 }  // namespace fused_rnn::cpu
