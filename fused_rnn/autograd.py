@@ -33,7 +33,8 @@ class LayerInputs(NamedTuple):
 
     x [T, B, I], or gates_x [T, B, S, G*H] where w_ih is None; w_ih [S, G*H, I];
     w_hh [S, G*H, P]; b_ih, b_hh [S, G*H] or None; w_hr [S, P, H] or None; h0 [S, B, P];
-    c0 [S, B, H] (LSTM); flags uint8 [T, B] or None.
+    c0 [S, B, H] (LSTM); flags uint8 [T, B] or None. The weights and biases of a single entry may
+    do without their first axis (``stacked`` adds it): a view is a node in the graph, and dear.
     """
 
     x: Tensor
@@ -48,6 +49,24 @@ class LayerInputs(NamedTuple):
 
 
 _DIFFERENTIABLE = LayerInputs._fields.index("flags")  # all inputs before flags
+_WEIGHTS = slice(1, 6)
+
+
+def stacked(inputs: LayerInputs) -> LayerInputs:
+    """The inputs, their weights and biases with a stack axis."""
+    if inputs.w_hh.dim() == 3:
+        return inputs
+    weights = (None if w is None else w.unsqueeze(0) for w in inputs[_WEIGHTS])
+    return LayerInputs(inputs.x, *weights, *inputs[6:])
+
+
+_unsafe_view = torch.ops.aten._unsafe_view.default
+
+
+def _side_by_side(y: Tensor) -> Tensor:
+    """y [T, B, S, P] of the waist as [T, B, S*P], which is no view of it: what a Function gives
+    out may be changed in place."""
+    return _unsafe_view(y, (y.shape[0], y.shape[1], y.shape[2] * y.shape[3]))
 
 
 def merge_rows(x: Tensor) -> Tensor:
@@ -104,18 +123,12 @@ def project(spec: LayerSpec, x: Tensor, w_ih: Tensor | None, bias: Tensor | None
 
 def forward(spec: LayerSpec, inputs: LayerInputs, training: bool) -> tuple[Tensor, ...]:
     """Run a layer: (y, h_n, c_n, cells, gates) for the LSTM, (y, h_n, gates) for the GRU,
-    (y, h_n) for the RNN; without cells and gates when not ``training``."""
-    if training and _is_whole(spec, inputs):
-        x, w_ih, w_hh, b_ih, b_hh, _, h0, c0, _ = inputs
-        y, h_n, c_n, cells, gates = _cpu_layer_forward(
-            x, w_ih, w_hh, b_ih, b_hh, h0, c0, spec.reverse, CELLS.index(spec.cell), spec.relu
-        )
-        return {"lstm": (y, h_n, c_n, cells, gates), "gru": (y, h_n, gates), "rnn": (y, h_n)}[
-            spec.cell
-        ]
+    (y, h_n) for the RNN; without cells and gates when not ``training``. y is [T, B, S*P]."""
+    inputs = stacked(inputs)
     bias, b_hn = fold_bias(spec, inputs.b_ih, inputs.b_hh, inputs.w_hh.shape[2])
     gates_x = project(spec, inputs.x, inputs.w_ih, bias)
-    return forward_scan(spec, gates_x, b_hn, inputs, training)
+    y, *rest = forward_scan(spec, gates_x, b_hn, inputs, training)
+    return _side_by_side(y), *rest
 
 
 def _operators(spec: LayerSpec, *tensors: Tensor | None) -> dict:
@@ -129,31 +142,11 @@ def _operators(spec: LayerSpec, *tensors: Tensor | None) -> dict:
     return ops.family(spec.backend)
 
 
-_cpu_layer_forward = torch.ops.fused_rnn.cpu_layer_forward.default
-_cpu_layer_backward = torch.ops.fused_rnn.cpu_layer_backward.default
-
-
-def _is_whole(spec: LayerSpec, inputs: LayerInputs) -> bool:
-    """Whether ``fused_rnn::cpu_layer_forward`` and its backward take the layer: a plain one, on the
-    CPU's kernels, that no transform, mode or compiler looks at."""
-    return (
-        spec.backend == "cpu"
-        and inputs.flags is None
-        and inputs.w_ih is not None
-        and inputs.w_hr is None
-        and spec.reset_after
-        and (spec.keep_gates or spec.cell == "rnn")
-        and (inputs.b_ih is None) == (inputs.b_hh is None)
-        and inputs.h0.dtype == inputs.w_hh.dtype
-        and observers.unwatched()
-    )
-
-
 def forward_scan(
     spec: LayerSpec, gates_x: Tensor, b_hn: Tensor | None, inputs: LayerInputs, training: bool
 ) -> tuple[Tensor, ...]:
     """The forward scan alone, of whose ``inputs`` it takes what ``gates_x`` and ``b_hn`` do not
-    hold; returns what ``forward`` does."""
+    hold; returns what ``forward`` does, but y as [T, B, S, P]."""
     reverse, flags, w_hh, h0 = spec.reverse, inputs.flags, inputs.w_hh, inputs.h0
     op = _operators(spec, gates_x, b_hn, *inputs[2:])
     if spec.cell == "rnn":
@@ -169,17 +162,18 @@ def forward_scan(
 
 def reference_forward(spec: LayerSpec, inputs: LayerInputs) -> tuple[Tensor, ...]:
     """The differentiable outputs of ``forward`` by the reference, computed in the arithmetic dtype
-    of the waist: (y, h_n, c_n, cells) for the LSTM, (y, h_n) for the others; y and h_n in w_hh's
-    dtype."""
+    of the waist: (y [T, B, S*P], h_n, c_n, cells) for the LSTM, (y, h_n) for the others; y and h_n
+    in w_hh's dtype."""
     io = inputs.w_hh.dtype
     acc = ops.ACC_DTYPE[io]
     cast = (None if t is None else t.to(acc) for t in inputs[:_DIFFERENTIABLE])
-    y, h_n, *cells = reference_scan(spec, LayerInputs(*cast, inputs.flags))
-    return (y.to(io), h_n.to(io), *cells)
+    y, h_n, *cells = reference_scan(spec, stacked(LayerInputs(*cast, inputs.flags)))
+    return (y.flatten(2).to(io), h_n.to(io), *cells)
 
 
 def reference_scan(spec: LayerSpec, inputs: LayerInputs) -> tuple[Tensor, ...]:
-    """``reference_forward`` with every operation in the inputs' own dtype."""
+    """``reference_forward`` of stacked inputs with every operation in their own dtype, and y as
+    [T, B, S, P]."""
     x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, flags = inputs
     bias, b_hn = fold_bias(spec, b_ih, b_hh, w_hh.shape[2])
     x = _without_padding(x, flags)
@@ -254,45 +248,23 @@ def backward(
     ``grads`` are those of ``forward``'s differentiable outputs, ``tape`` is (y, cells, gates) for
     the LSTM, (y, gates) for the GRU and (y,) for the RNN.
     """
-    want = LayerInputs(*wanted, False)
-    if _is_whole(spec, inputs):
-        return _whole_backward(spec, want, grads, inputs, tape)
+    want, single = LayerInputs(*wanted, False), inputs.w_hh.dim() == 2
+    inputs = stacked(inputs)
+    (dy, *grads), (y, *rest), (stack, _, size) = grads, tape, inputs.h0.shape
+    sizes = (*y.shape[:2], stack, size)
+    grads = (None if dy is None else dy.view(sizes), *grads)
+    tape = (y.view(sizes), *rest)
     rebuild = spec.cell != "rnn" and not spec.keep_gates
     h_prev = None
     if want.w_hh or rebuild:
         h_prev = entering(spec, tape[0], inputs.h0, inputs.flags)
     gates = _rebuild_gates(spec, inputs, h_prev) if rebuild else tape[-1]
-    found = backward_scan(spec, grads, inputs, (*tape[:-1], gates))
-    return layer_gradients(spec, want, inputs, h_prev, (*tape[:-1], gates), found)
-
-
-def _whole_backward(spec, want: LayerInputs, grads, inputs: LayerInputs, tape) -> LayerInputs:
-    """``backward`` by one operator."""
-    lstm, gru = spec.cell == "lstm", spec.cell == "gru"
-    dy, dh_n, dc_n, dcells = grads if lstm else (*grads, None, None)
-    dx, dw_ih, dw_hh, db_ih, db_hn, dh0, dc0 = _cpu_layer_backward(
-        *(dy, dh_n, dc_n, dcells, inputs.x, inputs.w_ih, inputs.w_hh, inputs.h0, inputs.c0),
-        *(tape[0], tape[1] if lstm else None, None if spec.cell == "rnn" else tape[-1]),
-        *(spec.reverse, CELLS.index(spec.cell), spec.relu),
-        *(want.x, want.w_ih, want.w_hh, want.b_ih or want.b_hh),
-    )
-    db_hh = None
-    if want.b_hh and gru:
-        db_hh = torch.cat((db_ih[:, : 2 * inputs.w_hh.shape[2]], db_hn), 1)
-    elif want.b_hh:  # a tensor of its own: gradients are changed in place
-        db_hh = db_ih.clone() if want.b_ih else db_ih
-    found = LayerInputs(dx, dw_ih, dw_hh, db_ih, db_hh, None, dh0, dc0, None)
-    return _wanted(want, found, inputs)
-
-
-def _wanted(want: LayerInputs, found: LayerInputs, inputs: LayerInputs) -> LayerInputs:
-    """The gradients that are wanted, in the dtypes of what they are gradients of."""
-    return LayerInputs(
-        *(
-            grad.to(given.dtype) if needed and grad is not None else None
-            for grad, given, needed in zip(found, inputs, want, strict=True)
-        )
-    )
+    scan = backward_scan(spec, grads, inputs, (*tape[:-1], gates))
+    found = layer_gradients(spec, want, inputs, h_prev, (*tape[:-1], gates), scan)
+    if not single:
+        return found
+    weights = (None if grad is None else grad.squeeze(0) for grad in found[_WEIGHTS])
+    return LayerInputs(found.x, *weights, *found[6:])
 
 
 class ScanGradients(NamedTuple):
@@ -391,7 +363,15 @@ def layer_gradients(
         dw_hr = over_steps(dh, o * torch.tanh(tape[1]))
 
     found = LayerInputs(dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dh0, dc0, None)
-    return _wanted(want, found, inputs)
+    return LayerInputs(*_wanted(want, found, inputs))
+
+
+def _wanted(want, found, inputs):
+    """The gradients that are wanted, in the dtypes of what they are gradients of."""
+    return (
+        grad.to(given.dtype) if needed and grad is not None else None
+        for grad, given, needed in zip(found, inputs, want)
+    )
 
 
 def _substitute(run, inputs, places):
@@ -529,7 +509,81 @@ class EagerScan(torch.autograd.Function):
     backward = staticmethod(Scan.backward)
 
 
-def scan_function():
+_cpu_layer_forward = torch.ops.fused_rnn.cpu_layer_forward.default
+_cpu_layer_backward = torch.ops.fused_rnn.cpu_layer_backward.default
+
+
+def is_whole(spec: LayerSpec, inputs: LayerInputs) -> bool:
+    """Whether ``WholeLayer`` takes a layer: a plain one, on the CPU's kernels, that no transform,
+    mode or compiler looks at."""
+    return (
+        spec.backend == "cpu"
+        and inputs.flags is None
+        and inputs.w_ih is not None
+        and inputs.w_hr is None
+        and spec.reset_after
+        and (spec.keep_gates or spec.cell == "rnn")
+        and (inputs.b_ih is None) == (inputs.b_hh is None)
+        and inputs.h0.dtype == inputs.w_hh.dtype
+        and observers.unwatched()
+    )
+
+
+class WholeLayer(torch.autograd.Function):
+    """A layer by one operator each way: apply(spec, cells, x, w_ih, w_hh, b_ih, b_hh, h0, c0) ->
+    (y, h_n) and of the LSTM c_n and, if asked for, cells. In single steps most of the time is
+    Python's and the graph's; hence no more outputs than are wanted, and no names."""
+
+    @staticmethod
+    def forward(ctx, spec, cells, x, w_ih, w_hh, b_ih, b_hh, h0, c0):
+        y, h_n, c_n, *tape = _cpu_layer_forward(
+            x, w_ih, w_hh, b_ih, b_hh, h0, c0, spec.reverse, CELLS.index(spec.cell), spec.relu
+        )
+        ctx.spec = spec
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, w_ih, w_hh, b_ih, b_hh, h0, c0, y, *tape)
+        if spec.cell != "lstm":
+            return y, h_n
+        return (y, h_n, c_n, tape[0]) if cells else (y, h_n, c_n)
+
+    @staticmethod
+    def backward(ctx, dy, dh_n, dc_n=None, dcells=None):
+        spec, (*inputs, y, cells, gates) = ctx.spec, ctx.saved_tensors
+        x, w_ih, w_hh, b_ih, b_hh, h0, c0 = inputs
+        want = ctx.needs_input_grad[2:]
+        lstm, gru = spec.cell == "lstm", spec.cell == "gru"
+        if torch.is_grad_enabled():
+            wanted = (*want[:5], False, *want[5:])
+            grads = (dy, dh_n, dc_n, dcells) if lstm else (dy, dh_n)
+            tape = (y, cells, gates) if lstm else (y, gates) if gru else (y,)
+            given = (*inputs[:5], None, *inputs[5:], None)
+            found = iter(ScanBackward.apply(spec, wanted, *grads, *given, *tape))
+            return None, None, *(next(found) if needed else None for needed in want)
+        want_b = want[3] or want[4]
+        dx, dw_ih, dw_hh, db_ih, db_hn, dh0, dc0 = _cpu_layer_backward(
+            *(dy, dh_n, dc_n, dcells, x, w_ih, w_hh, h0, c0, y),
+            *(cells if lstm else None, gates if lstm or gru else None),
+            *(spec.reverse, CELLS.index(spec.cell), spec.relu, *want[:3], want_b),
+        )
+        db_hh = None
+        if want[4] and gru:
+            db_hh = torch.cat((db_ih[..., : 2 * w_hh.shape[-1]], db_hn), -1)
+        elif want[4]:  # a tensor of its own: gradients are changed in place
+            db_hh = db_ih.clone() if want[3] else db_ih
+        found = (dx, dw_ih, dw_hh, db_ih, db_hh, dh0, dc0)
+        return None, None, *_wanted(want, found, inputs)
+
+
+def run(spec: LayerSpec, inputs: LayerInputs, cells: bool) -> tuple[Tensor, ...]:
+    """A layer with gradients: the differentiable outputs of ``forward`` (the LSTM's cells perhaps
+    only where they are asked for), and perhaps the tape after them."""
+    if is_whole(spec, inputs):
+        x, w_ih, w_hh, b_ih, b_hh, _, h0, c0, _ = inputs
+        return WholeLayer.apply(spec, cells, x, w_ih, w_hh, b_ih, b_hh, h0, c0)
+    return _scan_function().apply(spec, *inputs)
+
+
+def _scan_function():
     """The Function by which a layer is to be called now."""
     if observers.forward_mode():
         return ForwardModeScan

@@ -127,12 +127,12 @@ def _no_chunk_warning(x: Tensor):
 
 def _torch_layer(cell: str, inputs: LayerInputs, stack: int, relu: bool):
     """One layer by torch.nn's own path (oneDNN, cuDNN, ...)."""
-    weights = []
-    for s in range(stack):
-        entry = (inputs.w_ih, inputs.w_hh, inputs.b_ih, inputs.b_hh, inputs.w_hr)
-        weights += [w[s] for w in entry if w is not None]
+    entry = (inputs.w_ih, inputs.w_hh, inputs.b_ih, inputs.b_hh, inputs.w_hr)
+    entry = [w for w in entry if w is not None]
+    if inputs.w_hh.dim() == 3:
+        entry = [w[s] for s in range(stack) for w in entry]
     bias = inputs.b_ih is not None
-    common = (weights, bias, 1, 0.0, torch.is_grad_enabled(), stack == 2, False)
+    common = (entry, bias, 1, 0.0, torch.is_grad_enabled(), stack == 2, False)
     x, h0 = inputs.x.contiguous(), inputs.h0.contiguous()
     with _no_chunk_warning(x):
         if cell == "lstm":
@@ -141,7 +141,7 @@ def _torch_layer(cell: str, inputs: LayerInputs, stack: int, relu: bool):
             path = {"gru": torch._VF.gru, "rnn": torch._VF.rnn_relu if relu else torch._VF.rnn_tanh}
             y, h_n = path[cell](x, h0, *common)
             c_n = None
-    return y.unflatten(-1, (stack, h_n.shape[-1])), h_n, c_n, None
+    return y, h_n, c_n, None
 
 
 def run_layer(
@@ -152,7 +152,7 @@ def run_layer(
     plain_path: bool = False,
     **options,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """One layer on checked shapes: (y [T, B, S, P], h_n, c_n, cells), the last two None where the
+    """One layer on checked shapes: (y [T, B, S*P], h_n, c_n, cells), the last two None where the
     cell has none or ``return_cells`` is false. Casts under autocast as torch.nn does, to which
     ``plain_path`` matters: its cells and packed input do not run in oneDNN. ``options`` are
     ``_run_layer``'s."""
@@ -177,8 +177,8 @@ def _sizes(inputs: LayerInputs):
     """device_index, rows, hidden and proj of a backends.Request, for a GPU's choice."""
     if inputs.x.device.type != "cuda" or torch.compiler.is_compiling() or observers.transformed():
         return ()  # ours is one graph, and takes transforms, where torch.nn's path is and does not
-    proj = 0 if inputs.w_hr is None else inputs.w_hr.shape[1]
-    hidden = inputs.w_hh.shape[2] if inputs.w_hr is None else inputs.w_hr.shape[2]
+    proj = 0 if inputs.w_hr is None else inputs.w_hr.shape[-2]
+    hidden = inputs.w_hh.shape[-1] if inputs.w_hr is None else inputs.w_hr.shape[-1]
     return inputs.x.device.index, inputs.h0.shape[1], hidden, proj
 
 
@@ -227,13 +227,13 @@ def _run_layer(
     if name == "reference":
         outputs = autograd.reference_forward(spec, inputs)
     elif needs_gradient(inputs):
-        outputs = autograd.scan_function().apply(spec, *inputs)
+        outputs = autograd.run(spec, inputs, return_cells)
     else:
         spec = spec._replace(keep_gates=False)
         outputs = autograd.forward(spec, inputs, training=return_cells)
     if cell != "lstm":
         return outputs[0], outputs[1], None, None
-    y, h_n, c_n, cells = outputs[:4] if len(outputs) > 3 else (*outputs, None)
+    y, h_n, c_n, cells = outputs[:4] if return_cells else (*outputs[:3], None)
     return y, h_n, c_n.to(state_dtype or io), cells.to(io) if return_cells else None
 
 
@@ -270,7 +270,7 @@ def _layer(
     tape: str,
     **options,
 ):
-    """Validate, add the stack axis where the weights have none, and run one layer."""
+    """Validate, and run one layer."""
     gates = GATES[cell]
     for name, tensor in (("input", input), ("w_hh", w_hh)):
         if not isinstance(tensor, Tensor):
@@ -310,10 +310,6 @@ def _layer(
         _expect("w_ih", w_ih, (*lead, width, x.shape[2]), f"[{axes}{gates}*H, I]")
     _expect("b_ih", b_ih, (*lead, width), f"[{axes}{gates}*H]")
     _expect("b_hh", b_hh, (*lead, width), f"[{axes}{gates}*H]")
-    if single:
-        w_ih, w_hh, b_ih, b_hh, w_hr = (
-            None if t is None else t.unsqueeze(0) for t in (w_ih, w_hh, b_ih, b_hh, w_hr)
-        )
     if steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
@@ -345,8 +341,10 @@ def _layer(
     y, h_n, c_n, cells = run_layer(
         cell, inputs, reverse, ragged=lengths is not None, tape=tape, **options
     )
-    if single:
-        y, h_n = y.squeeze(2), h_n.squeeze(0)
+    if not single:
+        y = y.unflatten(2, (stack, proj))
+    else:
+        h_n = h_n.squeeze(0)
         c_n = None if c_n is None else c_n.squeeze(0)
         cells = None if cells is None else cells.squeeze(2)
     if batch_first:

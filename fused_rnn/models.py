@@ -1,23 +1,22 @@
-"""All layers of a model in one call: by one operator on a CPU where nothing wants a gradient, side
-by side on a GPU. Each has a question, asked first, and the call; functional.py has the way layer by
-layer, which takes everything."""
+"""All layers of a model in one call: on a CPU by one operator where nothing wants a gradient, and
+by one a layer where something does; side by side on a GPU. Each has a question, asked first, and
+the call; functional.py has the way layer by layer, which takes everything."""
 
 import torch
 from torch import Tensor
 
 from fused_rnn import backends, observers, wavefront
-from fused_rnn.autograd import LayerInputs, LayerSpec
+from fused_rnn.autograd import LayerInputs, LayerSpec, WholeLayer
 from fused_rnn.functional import cast_inputs, needs_gradient, same_device, same_dtype
 from fused_rnn.ops import ACC_DTYPE, CELLS
 
 
-def may_infer(x: Tensor) -> bool:
-    """Whether ``fused_rnn::cpu_layers`` may run a model on x: nothing wants a gradient, looks on or
-    casts, and the CPU's kernels are those to be used."""
+def is_plain(x: Tensor) -> bool:
+    """Whether x is a tensor on the CPU whose kernels are to be used, and nobody looks on or casts:
+    what ``infer`` (where gradients are off) and ``train`` ask for."""
     return (
         type(x) is Tensor
         and x.is_cpu
-        and not torch.is_grad_enabled()
         and backends.current_backend() in (backends.AUTO, "cpu")
         and not backends.extension_missing()
         and not torch.is_autocast_enabled("cpu")
@@ -29,11 +28,8 @@ def infer(cell: str, x: Tensor, hx, weights: list[Tensor], flags, bias, projecte
     """All layers of a model: y [T, B, D*P] and the final states [L*D, B, ...]; None where the
     tensors are not all plain ones of one dtype on the CPU. Arguments as ``fused_rnn::cpu_layers``
     has them, hx a tuple of states or None."""
-    dtype = x.dtype
-    for tensors in (weights, hx or ()):
-        for t in tensors:
-            if type(t) not in observers.PLAIN or t.dtype is not dtype or not t.is_cpu:
-                return None
+    if not _alike(x.dtype, (*weights, *(hx or ()))):
+        return None
     h0, c0 = (None, None) if hx is None else hx if len(hx) == 2 else (hx[0], None)
     y, h_n, c_n = _cpu_layers(
         x, h0, c0, weights, flags, CELLS.index(cell), bias, projected, both, relu
@@ -42,6 +38,49 @@ def infer(cell: str, x: Tensor, hx, weights: list[Tensor], flags, bias, projecte
 
 
 _cpu_layers = torch.ops.fused_rnn.cpu_layers.default
+
+
+def _alike(dtype: torch.dtype, tensors) -> bool:
+    """Whether all are plain tensors of this dtype, one that there are kernels for, on the CPU."""
+    if dtype not in ACC_DTYPE:
+        return False
+    for t in tensors:
+        if type(t) not in observers.PLAIN or t.dtype is not dtype or not t.is_cpu:
+            return False
+    return True
+
+
+def train(
+    cell: str, x: Tensor, hx, weights: list[Tensor], bias: bool, both: bool, relu: bool, dropout
+):
+    """``infer`` for a model of which something wants a gradient: no flags, no projection, tape
+    kept."""
+    dtype, directions = x.dtype, 2 if both else 1
+    each, given = (4 if bias else 2) * directions, (*weights, *(hx or ()))
+    if not _alike(dtype, given) or not any(t.requires_grad for t in (x, *given)):
+        return None
+    spec = LayerSpec(cell, "cpu", (False, True)[:directions], relu=relu)
+    if hx is None:  # nothing writes to it, so one may be both
+        h0 = c0 = x.new_zeros((directions, x.shape[1], weights[1].shape[1]))
+        c0 = c0 if cell == "lstm" else None
+    finals = []
+    for first in range(0, len(weights), each):
+        own = weights[first : first + each]
+        if both:
+            own = [torch.stack(pair) for pair in zip(own[: each // 2], own[each // 2 :])]
+        if hx is not None:
+            at = len(finals) * directions
+            states = hx if len(hx[0]) == directions else [s[at : at + directions] for s in hx]
+            h0, c0 = states if len(states) == 2 else (states[0], None)
+        if first and dropout:
+            x = torch.nn.functional.dropout(x, dropout)
+        x, *final = WholeLayer.apply(spec, False, x, *(own if bias else (*own, None, None)), h0, c0)
+        finals.append(final)
+    if len(finals) == 1:
+        states = finals[0]
+    else:
+        states = [torch.cat(parts) for parts in zip(*finals)]
+    return x, tuple(s if s.dtype is dtype else s.to(dtype) for s in states)
 
 
 def wave_chunk(cell: str, x: Tensor, layers: int, hidden: int) -> int | None:

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn.autograd import LayerInputs
 from fused_rnn.functional import TAPES, check_lengths, check_reset, make_flags, run_layer
-from fused_rnn.models import infer, may_infer, run_wave, wave_chunk
+from fused_rnn.models import infer, is_plain, run_wave, train, wave_chunk
 from fused_rnn.packing import Packing
 from fused_rnn.wavefront import WaveLayer
 
@@ -51,7 +51,7 @@ class _FusedRNNBase(torch.nn.RNNBase):
             super().check_input(input, batch_sizes)  # names what is wrong, unless autocast casts
 
     def _layer_weights(self, layer: int) -> list[Tensor | None]:
-        """w_ih, w_hh, b_ih, b_hh, w_hr of one layer, each with the stack axis of its directions."""
+        """w_ih, w_hh, b_ih, b_hh, w_hr of one layer, with a stack axis where it goes both ways."""
         suffixes = ("", "_reverse") if self.bidirectional else ("",)
         weights: list[Tensor | None] = []
         for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"):
@@ -61,19 +61,25 @@ class _FusedRNNBase(torch.nn.RNNBase):
                 weights.append(None)
                 continue
             parts = [getattr(self, f"{name}_l{layer}{suffix}") for suffix in suffixes]
-            weights.append(parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts))
+            weights.append(parts[0] if len(parts) == 1 else torch.stack(parts))
         return weights
 
-    def _may_infer(self, x: Tensor) -> bool:
-        drops = self.training and self.dropout and self.num_layers > 1
-        return not drops and may_infer(x)
-
-    def _infer(self, x: Tensor, hx, flags):
-        """Every layer on x by one operator: y and the final states; None where that cannot be."""
+    def _run_model(self, x: Tensor, hx, flags):
+        """Every layer on x, for which ``is_plain(x)`` holds, by an operator for all of them, or for
+        each where there are gradients: y and the final states; None where that cannot be."""
+        dropout = self.dropout if self.training and self.num_layers > 1 else 0.0
+        grad = torch.is_grad_enabled()
+        if (dropout and not grad) or (grad and (flags is not None or self.proj_size)):
+            return None
+        if grad and self.tape != "keep" and self._cell != "rnn":
+            return None
         held = self._parameters
         names = self._flat_weights_names
         weights = [held[name] if name in held else getattr(self, name) for name in names]
         relu = self.mode == "RNN_RELU"
+        if grad:
+            options = (self.bias, self.bidirectional, relu, dropout)
+            return train(self._cell, x, hx, weights, *options)
         options = (self.bias, self.proj_size > 0, self.bidirectional, relu)
         return infer(self._cell, x, hx, weights, flags, *options)
 
@@ -81,9 +87,9 @@ class _FusedRNNBase(torch.nn.RNNBase):
         """Every layer on x, a chunk of steps beside another: y and the final states."""
         layers = []
         for layer in range(self.num_layers):
-            w_ih, w_hh, b_ih, b_hh, _ = self._layer_weights(layer)
+            weights = [None if w is None else w.unsqueeze(0) for w in self._layer_weights(layer)]
             states = [s if s.shape[0] == 1 else s[layer : layer + 1] for s in hx]
-            layers.append(WaveLayer(w_ih, w_hh, b_ih, b_hh, *states, *(None,) * (2 - len(states))))
+            layers.append(WaveLayer(*weights[:4], *states, *(None,) * (2 - len(states))))
         dropout = self.dropout if self.training else 0.0
         return run_wave(self._cell, x, layers, chunk, dropout, self.mode == "RNN_RELU")
 
@@ -95,8 +101,8 @@ class _FusedRNNBase(torch.nn.RNNBase):
         if x.shape[0] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         directions = 2 if self.bidirectional else 1
-        if not return_cells and self._may_infer(x):
-            found = self._infer(x, hx, flags)
+        if not return_cells and is_plain(x):
+            found = self._run_model(x, hx, flags)
             if found is not None:
                 return *found, ()
         reverse = (False, True)[:directions]
@@ -116,7 +122,7 @@ class _FusedRNNBase(torch.nn.RNNBase):
             at = slice(layer * directions, (layer + 1) * directions)
             states = zeros if hx is None else tuple(state[at] for state in hx)
             h0, c0 = states if len(states) == 2 else (states[0], None)
-            y, h_n, c_n, layer_cells = run_layer(
+            x, h_n, c_n, layer_cells = run_layer(
                 self._cell,
                 LayerInputs(x, *self._layer_weights(layer), h0, c0, flags),
                 reverse,
@@ -129,7 +135,6 @@ class _FusedRNNBase(torch.nn.RNNBase):
             finals.append((h_n,) if c_n is None else (h_n, c_n))
             if return_cells:
                 cells.append(layer_cells.flatten(2))
-            x = y.flatten(2)
             if self.dropout and self.training and layer < self.num_layers - 1:
                 if packing is None:
                     x = F.dropout(x, self.dropout)
@@ -140,7 +145,7 @@ class _FusedRNNBase(torch.nn.RNNBase):
 
     def _run(self, input, hx, lengths, reset, return_cells: bool = False):
         """forward() of the three modules; hx is a tuple of states or None, and so it returns."""
-        if lengths is None and reset is None and not return_cells and self._may_infer(input):
+        if lengths is None and reset is None and not return_cells and is_plain(input):
             found = self._run_plain(input, hx)  # single steps are made of little else than checks
             if found is not None:
                 return *found, ()
@@ -183,8 +188,8 @@ class _FusedRNNBase(torch.nn.RNNBase):
         return y, finals, cells
 
     def _run_plain(self, input: Tensor, hx):
-        """A batch without lengths or reset by one operator; None where that cannot be, or where an
-        argument is wrong, which is then said elsewhere."""
+        """A batch without lengths or reset by ``_run_model``; None where that cannot be, or where
+        an argument is wrong, which is then said elsewhere."""
         if input.dim() != 3 or input.shape[2] != self.input_size:
             return None
         x = input.transpose(0, 1) if self.batch_first else input
@@ -197,7 +202,7 @@ class _FusedRNNBase(torch.nn.RNNBase):
                     return None
         if steps == 0:
             return None
-        found = self._infer(x, hx, None)
+        found = self._run_model(x, hx, None)
         if found is not None and self.batch_first:
             return found[0].transpose(0, 1), found[1]
         return found
@@ -407,7 +412,6 @@ class _FusedCell(torch.nn.RNNCellBase):
             (state.unsqueeze(0) for state in hx) if len(hx) == 2 else (hx[0].unsqueeze(0), None)
         )
         weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        weights = (None if w is None else w.unsqueeze(0) for w in weights)
         _, h_n, c_n, _ = run_layer(
             self._cell,
             LayerInputs(input.unsqueeze(0), *weights, None, h0, c0, None),

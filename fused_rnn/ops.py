@@ -335,10 +335,11 @@ torch.library.register_fake("fused_rnn::cpu_layers", _fake_layers, lib=_library)
 
 def _fake_layer_forward(x, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, cell, relu):
     steps, rows, _ = x.shape
-    stack, _, hidden = w_hh.shape
+    stack, hidden = h0.shape[0], w_hh.shape[-1]
     acc = ACC_DTYPE[w_hh.dtype]
     no_c, no_cells, no_gates = (w_hh.new_empty((0,), dtype=acc) for _ in range(3))
-    y, cells = (w_hh.new_empty((steps, rows, stack, hidden), dtype=d) for d in (w_hh.dtype, acc))
+    y = w_hh.new_empty((steps, rows, stack * hidden))
+    cells = w_hh.new_empty((steps, rows, stack, hidden), dtype=acc)
     gates = w_hh.new_empty((steps, rows, stack, 4 * hidden), dtype=acc)
     h_n, c_n = h0.new_empty((stack, rows, hidden)), w_hh.new_empty((stack, rows, hidden), dtype=acc)
     lstm = cell == 0
@@ -350,17 +351,17 @@ def _fake_layer_backward(
     dy, dh_n, dc_n, dcells, x, w_ih, w_hh, h0, c0, y, cells, gates, reverse, cell, relu, *wanted
 ):
     acc = ACC_DTYPE[w_hh.dtype]
-    stack, width, hidden = w_hh.shape
-    shapes = [x.shape, w_ih.shape, w_hh.shape, (stack, width), (stack, hidden)]
+    *stack, width, hidden = w_hh.shape
+    shapes = [x.shape, w_ih.shape, w_hh.shape, (*stack, width), (*stack, hidden)]
     given = [*wanted, wanted[3] and cell == 1]
     found = [x.new_empty(s if w else (0,), dtype=acc) for s, w in zip(shapes, given, strict=True)]
     dc0 = x.new_empty(h0.shape if cell == 0 else (0,), dtype=acc)
     return (*found, x.new_empty(h0.shape, dtype=acc), dc0)
 
 
-# One layer of a training step, shapes as autograd.LayerInputs has them: the outputs of forward and
-# the tape; the gradients of x, w_ih, w_hh, b_ih, the GRU's b_hn, h0 and c0. What there is not is
-# empty.
+# One layer of a training step, shapes as autograd.LayerInputs has them, y [T, B, S*P]: the outputs
+# of forward and the tape; the gradients of x, w_ih, w_hh, b_ih, the GRU's b_hn, h0 and c0. What
+# there is not is empty.
 _library.define(
     "cpu_layer_forward(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor h0,"
     " Tensor? c0, bool[] reverse, int cell, bool relu)"

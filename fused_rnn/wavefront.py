@@ -245,8 +245,8 @@ def _reference(spec: WaveSpec, count: int, tensors):
         inputs = LayerInputs(x, *layer[:4], None, layer.h0, layer.c0, None)
         y, *states = autograd.reference_forward(spec.layer, inputs)
         finals.append(states[: 2 if spec.layer.cell == "lstm" else 1])
-        x = _dropped(spec, y.squeeze(2), mask)
-    return (y.squeeze(2), *(torch.cat(parts) for parts in zip(*finals)))
+        x = _dropped(spec, y, mask)
+    return (y, *(torch.cat(parts) for parts in zip(*finals)))
 
 
 def _unflatten(count: int, tensors) -> tuple[Tensor, list[WaveLayer], list[Tensor | None]]:

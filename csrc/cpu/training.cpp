@@ -3,7 +3,8 @@
 // the operators of a scan and of a matrix product run, so the numbers are theirs; what they save is
 // what lies between: the projected input, where a scan does not project, and the gates' gradients
 // are in memory kept from call to call. Not for flags, a projected state, or a tape that has to be
-// rebuilt.
+// rebuilt. y is [T, B, S*H], and the weights and biases of a single entry, and their gradients, may
+// do without their first axis: what a caller need not view costs it nothing.
 #include <cstring>
 
 #include "layer.h"
@@ -11,16 +12,39 @@
 namespace fused_rnn::cpu {
 namespace {
 
+// A tensor with other sizes and strides.
+Tensor view_as(const Tensor& t, Shape sizes, Shape strides) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
+      t.get(), static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), 0, &handle));
+  return Tensor(handle);
+}
+
+// A weight or bias with a stack axis.
+Tensor stacked(const Tensor& t, bool single) {
+  if (!single) return t;
+  if (t.dim() == 1) return view_as(t, {1, t.size(0)}, {t.size(0), t.stride(0)});
+  if (t.dim() != 2) return t;  // it is refused with its own shape
+  return view_as(t, {1, t.size(0), t.size(1)}, {t.size(0), t.stride(0), t.stride(1)});
+}
+
 // What the two directions of a training step have in common.
 struct Step {
   Arguments take;
   int64_t cell, gates, inputs, rows;  // rows: T * B
+  bool single;
+  Tensor w_ih;
   Layer l;
   Rows w_hh;
 
-  Step(const Tensor& x, const Tensor& w_ih, const Tensor& w_hh_, const std::vector<bool>& reverse,
+  Step(const Tensor& x, const Tensor& w_ih_, const Tensor& given, const std::vector<bool>& reverse,
        int64_t cell_)
-      : take(w_hh_, INT64_MAX), cell(cell_), gates(gates_of(cell_)) {
+      : take(given, INT64_MAX),
+        cell(cell_),
+        gates(gates_of(cell_)),
+        single(given.dim() == 2),
+        w_ih(stacked(w_ih_, single)) {
+    const Tensor w_hh_ = stacked(given, single);
     STD_TORCH_CHECK(w_hh_.is_cpu(), "w_hh must be a CPU tensor");
     check_shape("x", x, {kAny, kAny, kAny}, "[T, B, I]", w_hh_);
     STD_TORCH_CHECK(dtype_of("x", x) == take.io(), "x must have the dtype of w_hh");
@@ -39,6 +63,19 @@ struct Step {
   DType acc() const { return take.acc(); }
   Tensor tensor(Shape shape, DType dtype) const { return new_tensor(take.like(), shape, dtype); }
   Tensor none() const { return tensor({0}, acc()); }
+  // [S, n], or [n] of a single entry; [S, n, m].
+  Tensor gradient(int64_t n) const {
+    return single ? tensor({n}, acc()) : tensor({l.stack, n}, acc());
+  }
+  Tensor gradient(int64_t n, int64_t m) const {
+    return single ? tensor({n, m}, acc()) : tensor({l.stack, n, m}, acc());
+  }
+  // [T, B, S*H] as [T, B, S, H].
+  Tensor entries_of(const char* name, const Tensor& t) const {
+    check_shape(name, t, {l.steps, l.batch, l.stack * l.hidden}, "[T, B, S*H]", take.like());
+    return view_as(t, {l.steps, l.batch, l.stack, l.hidden},
+                   {t.stride(0), t.stride(1), l.hidden * t.stride(2), t.stride(2)});
+  }
   // [T, B, S, n] in plain memory.
   Rows sequence(void* data, int64_t n) const {
     return Rows{data, acc(), l.batch * l.stack * n, l.stack * n, n};
@@ -53,18 +90,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_forward(
   const Layer& l = step.l;
   const DType io = step.io(), acc = step.acc();
   const int64_t width = step.width(), size = size_of(acc);
+  Tensor b1, b2;
   STD_TORCH_CHECK(b_ih.has_value() == b_hh.has_value(), "both biases, or none");
   if (b_ih) {
     STD_TORCH_CHECK(dtype_of("b_ih", *b_ih) == io && dtype_of("b_hh", *b_hh) == io,
                     "biases must have the dtype of w_hh");
-    check_shape("b_ih", *b_ih, {l.stack, width}, "[S, G*H]", w_hh);
-    check_shape("b_hh", *b_hh, {l.stack, width}, "[S, G*H]", w_hh);
+    b1 = stacked(*b_ih, step.single), b2 = stacked(*b_hh, step.single);
+    check_shape("b_ih", b1, {l.stack, width}, "[S, G*H]", w_hh);
+    check_shape("b_hh", b2, {l.stack, width}, "[S, G*H]", w_hh);
+    b1 = as_contiguous(b1), b2 = as_contiguous(b2);
   }
   const auto state = {l.stack, l.batch, l.hidden};
   const Rows start = step.take.entries("h0", h0, state, "[S, B, H]");
   Rows y_rows, h_rows, c_rows, cells_rows, gates_rows;
   const auto shape = {l.steps, l.batch, l.stack, l.hidden};
-  Tensor y = step.take.output("y", shape, io, y_rows);
+  Tensor y = step.tensor({l.steps, l.batch, l.stack * l.hidden}, io);
+  y_rows =
+      Rows{y.mutable_data_ptr(), io, l.batch * l.stack * l.hidden, l.stack * l.hidden, l.hidden};
   Tensor h_n = step.take.output("h_n", state, start.dtype, h_rows);
   Tensor c_n = step.none(), cells = step.none(), gates = step.none();
   if (cell == 0) {
@@ -79,14 +121,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_forward(
 
   const Buffer bias(l.stack * width * size);
   const Sequence sequence(x, io, false);
-  const Tensor w = as_contiguous(w_ih);
+  const Tensor w = as_contiguous(step.w_ih);
   AnyForward p;
   p.layer = l, p.h0 = start, p.w_hh = step.w_hh, p.relu = relu;
   p.input = Input{step.inputs, sequence.rows,
                   Rows{data_of(w), io, 0, step.inputs, width * step.inputs}, Rows{}};
-  Tensor b1, b2;
   if (b_ih) {
-    b1 = as_contiguous(*b_ih), b2 = as_contiguous(*b_hh);
     const int64_t folded = cell == 1 ? 2 * l.hidden : width;
     for (int64_t s = 0; s < l.stack; ++s) {
       const auto entry = [&](const Tensor& t) {
@@ -137,15 +177,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backwar
   const auto state = {l.stack, l.batch, l.hidden};
   STD_TORCH_CHECK(dtype_of("y", y) == io && dtype_of("h0", h0) == io,
                   "y and h0 must have the dtype of w_hh");
-  check_shape("y", y, shape, "[T, B, S, H]", w_hh);
   check_shape("h0", h0, state, "[S, B, H]", w_hh);
-  const Tensor out = as_contiguous(y), start = as_contiguous(h0);
+  const Tensor out = as_contiguous(step.entries_of("y", y)), start = as_contiguous(h0);
   const Buffer gradients(step.rows * all * size);
   const Buffer inside(cell == 1 ? step.rows * l.stack * l.hidden * size : 0);
   const Rows dgates = step.sequence(gradients.at(), width);
   Rows dh0_rows, dc0_rows;
   Tensor dh0 = step.take.output("dh0", state, acc, dh0_rows), dc0 = step.none();
-  const Rows dy_rows = step.take.sequence("dy", dy, shape, "[T, B, S, H]");
+  MaybeTensor dy_entries;
+  if (dy) dy_entries = step.entries_of("dy", *dy);
+  const Rows dy_rows = step.take.sequence("dy", dy_entries, shape, "[T, B, S, H]");
   const Rows dh_rows = step.take.entries("dh_n", dh_n, state, "[S, B, H]");
   const auto tape_of = [&](const MaybeTensor& t, const char* name, int64_t parts) {
     STD_TORCH_CHECK(t.has_value(), "this cell has a tape of ", name);
@@ -182,15 +223,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backwar
   Tensor db_hn = step.none();
   if (want_x) {
     dx = step.tensor({l.steps, l.batch, step.inputs}, acc);
-    const Tensor w = as_contiguous(w_ih);
+    const Tensor w = as_contiguous(step.w_ih);
     Matmul p;
     p.n = 1, p.m = step.rows, p.k = all, p.a = Matrix{gradients.at(), acc, 0, all, 1};
     p.right[0] =
         Right{step.inputs, Matrix{data_of(w), io, 0, step.inputs, 1}, {}, dx.mutable_data_ptr()};
     chosen_kernels().matmul(p, acc);
   }
-  if (want_w_ih) dw_ih = step.tensor({l.stack, width, step.inputs}, acc);
-  if (want_w_hh) dw_hh = step.tensor({l.stack, width, l.hidden}, acc);
+  if (want_w_ih) dw_ih = step.gradient(width, step.inputs);
+  if (want_w_hh) dw_hh = step.gradient(width, l.hidden);
   // The gradients of a weight [n, columns] of entry s, from gate gradients `from` of which rows are
   // `row` apart, and `of` the values that entered at each step: the columns of the gate gradients
   // are the rows of the product.
@@ -233,7 +274,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backwar
   }
   if (want_bias) {
     const auto sums = [&](const Buffer& of, int64_t n) {
-      Tensor t = step.tensor({l.stack, n}, acc);
+      Tensor t = step.gradient(n);
       const ColumnSums p{of.at(), step.rows, l.stack * n, t.mutable_data_ptr()};
       chosen_kernels().column_sums(p, acc);
       return t;
