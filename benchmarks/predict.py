@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks.cases import CASES
-from fused_rnn import plan
+from fused_rnn import cudnn, plan
 from fused_rnn.cuda import planning
 from fused_rnn.plan import DEVICES, Shape
 
@@ -31,7 +31,7 @@ COLUMNS = (
 def cell_text(device: plan.Device, shape: Shape) -> str:
     """One field: backend and kernel, forward / backward (torch.nn)."""
     backward = replace(shape, backward=True)
-    theirs = plan.cudnn_step_us(device, shape)
+    theirs = cudnn.step_us(device, shape)[0]
     name, planner = "Triton", plan
     if planning.scans_win(device, shape):
         name, planner = "CUDA", planning

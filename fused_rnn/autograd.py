@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fused_rnn import observers, ops, reference
-from fused_rnn.ops import CELLS
 from fused_rnn.reference import ENDED, RESET
 
 
@@ -363,10 +362,10 @@ def layer_gradients(
         dw_hr = over_steps(dh, o * torch.tanh(tape[1]))
 
     found = LayerInputs(dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dh0, dc0, None)
-    return LayerInputs(*_wanted(want, found, inputs))
+    return LayerInputs(*as_wanted(want, found, inputs))
 
 
-def _wanted(want, found, inputs):
+def as_wanted(want, found, inputs):
     """The gradients that are wanted, in the dtypes of what they are gradients of."""
     return (
         grad.to(given.dtype) if needed and grad is not None else None
@@ -509,124 +508,11 @@ class EagerScan(torch.autograd.Function):
     backward = staticmethod(Scan.backward)
 
 
-_cpu_layer_forward = torch.ops.fused_rnn.cpu_layer_forward.default
-_cpu_layer_backward = torch.ops.fused_rnn.cpu_layer_backward.default
-
-
-def is_whole(spec: LayerSpec, inputs: LayerInputs) -> bool:
-    """Whether ``WholeLayer`` takes a layer: a plain one, on the CPU's kernels, that no transform,
-    mode or compiler looks at."""
-    return (
-        spec.backend == "cpu"
-        and inputs.flags is None
-        and inputs.w_ih is not None
-        and inputs.w_hr is None
-        and spec.reset_after
-        and (spec.keep_gates or spec.cell == "rnn")
-        and (inputs.b_ih is None) == (inputs.b_hh is None)
-        and inputs.h0.dtype == inputs.w_hh.dtype
-        and observers.unwatched()
-    )
-
-
-class WholeLayer(torch.autograd.Function):
-    """A layer by one operator each way: apply(spec, cells, x, w_ih, w_hh, b_ih, b_hh, h0, c0) ->
-    (y, h_n) and of the LSTM c_n and, if asked for, cells. In single steps most of the time is
-    Python's and the graph's; hence no more outputs than are wanted, and no names."""
-
-    @staticmethod
-    def forward(ctx, spec, cells, x, w_ih, w_hh, b_ih, b_hh, h0, c0):
-        y, h_n, c_n, *tape = _cpu_layer_forward(
-            x, w_ih, w_hh, b_ih, b_hh, h0, c0, spec.reverse, CELLS.index(spec.cell), spec.relu
-        )
-        ctx.spec = spec
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, w_ih, w_hh, b_ih, b_hh, h0, c0, y, *tape)
-        if spec.cell != "lstm":
-            return y, h_n
-        return (y, h_n, c_n, tape[0]) if cells else (y, h_n, c_n)
-
-    @staticmethod
-    def backward(ctx, dy, dh_n, dc_n=None, dcells=None):
-        spec, (*inputs, y, cells, gates) = ctx.spec, ctx.saved_tensors
-        x, w_ih, w_hh, b_ih, b_hh, h0, c0 = inputs
-        want = ctx.needs_input_grad[2:]
-        lstm, gru = spec.cell == "lstm", spec.cell == "gru"
-        if torch.is_grad_enabled():
-            wanted = (*want[:5], False, *want[5:])
-            grads = (dy, dh_n, dc_n, dcells) if lstm else (dy, dh_n)
-            tape = (y, cells, gates) if lstm else (y, gates) if gru else (y,)
-            given = (*inputs[:5], None, *inputs[5:], None)
-            found = iter(ScanBackward.apply(spec, wanted, *grads, *given, *tape))
-            return None, None, *(next(found) if needed else None for needed in want)
-        want_b = want[3] or want[4]
-        dx, dw_ih, dw_hh, db_ih, db_hn, dh0, dc0 = _cpu_layer_backward(
-            *(dy, dh_n, dc_n, dcells, x, w_ih, w_hh, h0, c0, y),
-            *(cells if lstm else None, gates if lstm or gru else None),
-            *(spec.reverse, CELLS.index(spec.cell), spec.relu, *want[:3], want_b),
-        )
-        db_hh = None
-        if want[4] and gru:
-            db_hh = torch.cat((db_ih[..., : 2 * w_hh.shape[-1]], db_hn), -1)
-        elif want[4]:  # a tensor of its own: gradients are changed in place
-            db_hh = db_ih.clone() if want[3] else db_ih
-        found = (dx, dw_ih, dw_hh, db_ih, db_hh, dh0, dc0)
-        return None, None, *_wanted(want, found, inputs)
-
-
-def run(spec: LayerSpec, inputs: LayerInputs, cells: bool) -> tuple[Tensor, ...]:
-    """A layer with gradients: the differentiable outputs of ``forward`` (the LSTM's cells perhaps
-    only where they are asked for), and perhaps the tape after them."""
-    if is_whole(spec, inputs):
-        x, w_ih, w_hh, b_ih, b_hh, _, h0, c0, _ = inputs
-        return WholeLayer.apply(spec, cells, x, w_ih, w_hh, b_ih, b_hh, h0, c0)
-    return _scan_function().apply(spec, *inputs)
-
-
-def _scan_function():
+def scan_function():
     """The Function by which a layer is to be called now."""
     if observers.forward_mode():
         return ForwardModeScan
     return Scan if torch.compiler.is_compiling() or observers.transformed() else EagerScan
-
-
-class LibraryLayer(torch.autograd.Function):
-    """A layer by torch.nn's own path, with a backward that can itself be differentiated, which the
-    library's cannot: apply(spec, run, *LayerInputs) -> the outputs of run(LayerInputs)."""
-
-    @staticmethod
-    def forward(ctx, spec, run, *tensors):
-        leaves = [
-            None if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors
-        ]
-        with torch.enable_grad():
-            outputs = run(LayerInputs(*leaves))
-        ctx.spec, ctx.inner = spec, (leaves, outputs)
-        ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)
-        return tuple(out.detach() for out in outputs)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        saved = ctx.saved_tensors  # also the check that none was changed in place
-        places = [k for k, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
-        if torch.is_grad_enabled():
-            cotangents = (*grads, *(None,) * (_OUTPUTS[ctx.spec.cell] - len(grads)))
-            found = vjp(_run_forward(ctx.spec), saved, places, cotangents)
-        else:
-            leaves, outputs = ctx.inner
-            given = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
-            found = torch.autograd.grad(
-                [o for o, _ in given],
-                [leaves[k] for k in places],
-                [g for _, g in given],
-                retain_graph=True,
-                allow_unused=True,
-            )
-        results: list = [None] * (2 + len(saved))
-        for k, grad in zip(places, found, strict=True):
-            results[2 + k] = grad
-        return tuple(results)
 
 
 # Forward mode has classes of its own, because Dynamo refuses a Function with a jvp.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from fused_rnn import plan
+from fused_rnn import cudnn, plan
 from fused_rnn.cuda import library as cuda_library
 from fused_rnn.cuda import planning as cuda_planning
 from fused_rnn.ops import ACC_DTYPE
@@ -38,6 +38,15 @@ class Request(NamedTuple):
     rows: int | None = None
     hidden: int | None = None
     proj: int = 0
+    steps: int | None = None  # None: many
+    layers: int = 1
+    training: bool = False  # a gradient is wanted
+
+
+def rounded(steps: int) -> int:
+    """Steps for a Request, to three binary digits: one choice for all that are about so many."""
+    shift = max(0, steps.bit_length() - 3)
+    return -(-steps >> shift) << shift
 
 
 @dataclass(frozen=True)
@@ -138,11 +147,25 @@ def _cuda_yields(request: Request) -> str | None:
         device = replace(device, together=0)
     if not cuda_planning.scans_win(device, shape):
         return f"Triton's kernels are predicted to be faster at B = {shape.B}, H = {shape.H}"
-    ours = cuda_planning.chosen(device, shape).total
-    can = not _torch_refuses(request) and _torch_takes(device, shape)
-    if can and plan.cudnn_step_us(device, shape) < ours:
-        return f"torch.nn's path is predicted to be faster at B = {shape.B}, H = {shape.H}"
-    return None
+    return _torch_is_faster(request, device, shape, cuda_planning)
+
+
+def _torch_is_faster(request: Request, device, shape: plan.Shape, planner) -> str | None:
+    """That torch.nn's own path can take a call and is predicted to be faster than the kernels of
+    one of our planners; None elsewhere."""
+    if _torch_refuses(request) or not _torch_takes(device, shape):
+        return None
+    ways = (shape, replace(shape, backward=True))
+    step = tuple(planner.chosen(device, way).total for way in ways)
+    steps, layers, training = request.steps, request.layers, request.training
+    ours = cudnn.our_call_us(step, steps, layers, training)
+    if planner is cuda_planning and steps is not None and shape.S == 1:
+        wave = cuda_planning.wave(device, shape, layers, steps)
+        ours *= min(1.0, wave.total / wave.alone) if wave else 1.0
+    if ours <= cudnn.CAUTION * cudnn.call_us(device, shape, steps, layers, training):
+        return None
+    length = "" if steps is None else f"T = {steps}, "
+    return f"torch.nn's path is predicted to be faster at {length}B = {shape.B}, H = {shape.H}"
 
 
 def _triton_unavailable() -> str | None:
@@ -173,12 +196,9 @@ def _triton_yields(request: Request) -> str | None:
     if request.device == "cpu":
         return "interpreted kernels are slow"
     # (Sizes are not given under torch.compile and transforms, which torch.nn's path cannot take.)
-    if request.hidden is None or request.rows == 0 or _torch_refuses(request):
+    if request.hidden is None or request.rows == 0:
         return None
-    device, shape = _planned(request)
-    if _torch_takes(device, shape) and plan.torch_is_faster(device, shape):
-        return f"torch.nn's path is predicted to be faster at B = {shape.B}, H = {shape.H}"
-    return None
+    return _torch_is_faster(request, *_planned(request), plan)
 
 
 def _planned(request: Request) -> tuple[plan.Device, plan.Shape]:

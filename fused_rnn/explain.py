@@ -19,6 +19,8 @@ def explain(
     return_cells: bool = False,
     batch: int | None = None,
     hidden_size: int | None = None,
+    steps: int | None = None,
+    training: bool = False,
     backend: str | None = None,
 ) -> str:
     """Say which backend would run a call, and for every other one why it would not.
@@ -28,8 +30,9 @@ def explain(
             "rnn".
         device, dtype, bidirectional: of the call; the module's own, or "cpu", float32, False.
         lengths, reset, return_cells: whether the call gives or asks for them.
-        batch, hidden_size: rows of the call (32 if not given) and units (the module's own), by
-            which the automatic choice on a GPU goes.
+        batch, hidden_size, steps, training: rows of the call (32 if not given), units (the
+            module's own), steps (many), and whether gradients are wanted, by which the automatic
+            choice on a GPU goes.
         backend: a name to ask about instead of the one selected.
 
     Raises TypeError or ValueError where module_or_cell is none of these.
@@ -69,6 +72,9 @@ def explain(
         rows=batch,
         hidden=hidden_size or getattr(module_or_cell, "hidden_size", None),
         proj=getattr(module_or_cell, "proj_size", 0),
+        steps=None if steps is None else backends.rounded(steps),
+        layers=getattr(module_or_cell, "num_layers", 1),
+        training=training,
     )
     name = backend or backends.current_backend()
     chosen = backends.choose(request, name)

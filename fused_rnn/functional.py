@@ -6,7 +6,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from fused_rnn import autograd, backends, observers
+from fused_rnn import autograd, backends, observers, whole
 from fused_rnn.autograd import LayerInputs, LayerSpec
 from fused_rnn.ops import ACC_DTYPE, GATES
 from fused_rnn.reference import ENDED, RESET
@@ -115,8 +115,8 @@ def needs_gradient(inputs: LayerInputs) -> bool:
 
 @contextlib.contextmanager
 def _no_chunk_warning(x: Tensor):
-    """Silence about weights that do not lie one after another in memory, as cuDNN has them: our
-    modules do not lay them out, and cuDNN's path copies them, a copy for a whole sequence."""
+    """Silence about weights that do not lie one after another in memory, as cuDNN has them: a
+    layer's alone do not, and cuDNN's path copies them, a copy for a whole sequence."""
     if x.device.type != "cuda" or torch.compiler.is_compiling():
         yield
         return
@@ -132,16 +132,20 @@ def _torch_layer(cell: str, inputs: LayerInputs, stack: int, relu: bool):
     if inputs.w_hh.dim() == 3:
         entry = [w[s] for s in range(stack) for w in entry]
     bias = inputs.b_ih is not None
-    common = (entry, bias, 1, 0.0, torch.is_grad_enabled(), stack == 2, False)
-    x, h0 = inputs.x.contiguous(), inputs.h0.contiguous()
-    with _no_chunk_warning(x):
-        if cell == "lstm":
-            y, h_n, c_n = torch._VF.lstm(x, (h0, inputs.c0.contiguous()), *common)
-        else:
-            path = {"gru": torch._VF.gru, "rnn": torch._VF.rnn_relu if relu else torch._VF.rnn_tanh}
-            y, h_n = path[cell](x, h0, *common)
-            c_n = None
-    return y, h_n, c_n, None
+    states = (inputs.h0,) if inputs.c0 is None else (inputs.h0, inputs.c0)
+    with _no_chunk_warning(inputs.x):
+        y, h_n, *c_n = call_library(cell, inputs.x, states, entry, bias, 1, stack == 2, relu)
+    return y, h_n, (c_n[0] if c_n else None), None
+
+
+def call_library(cell: str, x: Tensor, states, weights, bias: bool, layers: int, both, relu: bool):
+    """torch.nn's own path for so many layers, weights in its order: (y, h_n), of the LSTM c_n."""
+    common = (weights, bias, layers, 0.0, torch.is_grad_enabled(), both, False)
+    x, states = x.contiguous(), tuple(state.contiguous() for state in states)
+    if cell == "lstm":
+        return torch._VF.lstm(x, states, *common)
+    path = {"gru": torch._VF.gru, "rnn": torch._VF.rnn_relu if relu else torch._VF.rnn_tanh}
+    return path[cell](x, states[0], *common)
 
 
 def run_layer(
@@ -174,12 +178,15 @@ def run_layer(
 
 
 def _sizes(inputs: LayerInputs):
-    """device_index, rows, hidden and proj of a backends.Request, for a GPU's choice."""
+    """device_index, rows, hidden, proj, steps, layers and training of a backends.Request, for a
+    GPU's choice."""
     if inputs.x.device.type != "cuda" or torch.compiler.is_compiling() or observers.transformed():
         return ()  # ours is one graph, and takes transforms, where torch.nn's path is and does not
     proj = 0 if inputs.w_hr is None else inputs.w_hr.shape[-2]
     hidden = inputs.w_hh.shape[-1] if inputs.w_hr is None else inputs.w_hr.shape[-1]
-    return inputs.x.device.index, inputs.h0.shape[1], hidden, proj
+    rows, steps = inputs.h0.shape[1], inputs.x.shape[0]
+    training = needs_gradient(inputs)
+    return inputs.x.device.index, rows, hidden, proj, backends.rounded(steps), 1, training
 
 
 def _run_layer(
@@ -219,15 +226,19 @@ def _run_layer(
         if plain or not needs_gradient(inputs):
             return _torch_layer(cell, inputs, len(reverse), relu)
 
-        def run(given: LayerInputs):
-            return tuple(t for t in _torch_layer(cell, given, len(reverse), relu) if t is not None)
+        def run(given):
+            found = _torch_layer(cell, LayerInputs(*given), len(reverse), relu)
+            return found[: 3 if cell == "lstm" else 2]
 
-        y, h_n, *c_n = autograd.LibraryLayer.apply(spec, run, *inputs)
+        def reference(given):
+            return autograd.reference_forward(spec, LayerInputs(*given))[:3]
+
+        y, h_n, *c_n = whole.LibraryCall.apply(run, reference, *inputs)
         return y, h_n, (c_n[0] if c_n else None), None
     if name == "reference":
         outputs = autograd.reference_forward(spec, inputs)
     elif needs_gradient(inputs):
-        outputs = autograd.run(spec, inputs, return_cells)
+        outputs = whole.run(spec, inputs, return_cells)
     else:
         spec = spec._replace(keep_gates=False)
         outputs = autograd.forward(spec, inputs, training=return_cells)

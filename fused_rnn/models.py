@@ -6,9 +6,16 @@ import torch
 from torch import Tensor
 
 from fused_rnn import backends, observers, wavefront
-from fused_rnn.autograd import LayerInputs, LayerSpec, WholeLayer
-from fused_rnn.functional import cast_inputs, needs_gradient, same_device, same_dtype
+from fused_rnn.autograd import LayerInputs, LayerSpec, reference_forward
+from fused_rnn.functional import (
+    call_library,
+    cast_inputs,
+    needs_gradient,
+    same_device,
+    same_dtype,
+)
 from fused_rnn.ops import ACC_DTYPE, CELLS
+from fused_rnn.whole import LibraryCall, WholeLayer
 
 
 def is_plain(x: Tensor) -> bool:
@@ -81,6 +88,75 @@ def train(
     else:
         states = [torch.cat(parts) for parts in zip(*finals)]
     return x, tuple(s if s.dtype is dtype else s.to(dtype) for s in states)
+
+
+def library_takes(
+    cell: str, x: Tensor, layers: int, directions: int, hidden: int, proj: int
+) -> bool:
+    """Whether a model on x [T, B, I], without flags or dropout, is to go to torch.nn's own path as
+    a whole, for which a GPU's weights lie as it wants them. Decided from sizes: no weight is read,
+    and what may have a gradient is taken to have one."""
+    kind = x.device.type
+    if torch.compiler.is_compiling() or observers.transformed() or kind not in ("cpu", "cuda"):
+        return False
+    if torch.is_autocast_enabled(kind) or type(x.shape[0]) is not int or x.dtype not in ACC_DTYPE:
+        return False
+    if not x.shape[1]:
+        return False
+    sizes = (x.device.index, x.shape[1], hidden, proj, backends.rounded(x.shape[0]), layers)
+    reverse = (False, True)[:directions]
+    request = backends.Request(
+        cell, kind, x.dtype, reverse, False, False, True, False, *(sizes if kind == "cuda" else ())
+    )
+    return backends.choose(request._replace(training=torch.is_grad_enabled())) == "torch"
+
+
+def run_library(
+    cell: str, x: Tensor, hx, weights, bias: bool, layers: int, directions: int, relu: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A model by torch.nn's own path: y and the final states, shapes as ``infer``'s; hx: a tuple of
+    states, of one layer for all, which are zeros then."""
+    for name, tensors in (("parameter", weights), ("hidden", hx)):
+        for t in tensors:
+            if t.device != x.device or t.dtype != x.dtype:
+                raise RuntimeError(
+                    f"Input and {name} tensors are not at the same device and dtype, found input"
+                    f" tensor at {x.device} in {x.dtype} and {name} tensor at {t.device} in"
+                    f" {t.dtype}"
+                )
+    entries = layers * directions
+    hx = tuple(s if len(s) == entries else s.repeat(layers, 1, 1) for s in hx)
+    options = (bias, layers, directions == 2, relu)
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *hx, *weights))
+    if not wanted or backends.current_backend() == "torch":
+        y, *finals = call_library(cell, x, hx, weights, *options)
+        return y, tuple(finals)
+    count, spec = len(hx), LayerSpec(cell, "reference", (False, True)[:directions], relu=relu)
+
+    def run(given):
+        return call_library(cell, given[0], given[1 : 1 + count], given[1 + count :], *options)
+
+    def reference(given):
+        return _reference(spec, bias, layers, given[0], given[1 : 1 + count], given[1 + count :])
+
+    y, *finals = LibraryCall.apply(run, reference, x, *hx, *weights)
+    return y, tuple(finals)
+
+
+def _reference(spec: LayerSpec, bias: bool, layers: int, x: Tensor, hx, weights):
+    """The outputs of ``run_library`` by the reference, layer by layer."""
+    directions = len(spec.reverse)
+    each, finals = len(weights) // (layers * directions), []
+    for layer in range(layers):
+        at = slice(layer * directions, (layer + 1) * directions)
+        entries = [weights[k * each : (k + 1) * each] for k in range(at.start, at.stop)]
+        own = [torch.stack(parts) for parts in zip(*entries)]
+        biases = own[2:4] if bias else [None, None]
+        w_hr = own[-1] if each > 2 + 2 * bias else None
+        states = [*(state[at] for state in hx), None][:2]
+        x, *final = reference_forward(spec, LayerInputs(x, *own[:2], *biases, w_hr, *states, None))
+        finals.append(final[: len(hx)])
+    return (x, *(torch.cat(parts).to(x.dtype) for parts in zip(*finals)))
 
 
 def wave_chunk(cell: str, x: Tensor, layers: int, hidden: int) -> int | None:

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from fused_rnn import models
 from fused_rnn.autograd import LayerInputs
 from fused_rnn.functional import TAPES, check_lengths, check_reset, make_flags, run_layer
-from fused_rnn.models import infer, is_plain, run_wave, train, wave_chunk
 from fused_rnn.packing import Packing
 from fused_rnn.wavefront import WaveLayer
 
@@ -32,9 +32,6 @@ class _FusedRNNBase(torch.nn.RNNBase):
         if tape not in TAPES:
             raise ValueError(f"tape must be one of {TAPES}, got {tape!r}")
         self.tape = tape
-
-    def flatten_parameters(self) -> None:
-        """Nothing to do: the scans pack the weights themselves."""
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.tape == "keep" else f", tape={self.tape!r}")
@@ -73,15 +70,18 @@ class _FusedRNNBase(torch.nn.RNNBase):
             return None
         if grad and self.tape != "keep" and self._cell != "rnn":
             return None
-        held = self._parameters
-        names = self._flat_weights_names
-        weights = [held[name] if name in held else getattr(self, name) for name in names]
-        relu = self.mode == "RNN_RELU"
+        weights, relu = self._weights(), self.mode == "RNN_RELU"
         if grad:
             options = (self.bias, self.bidirectional, relu, dropout)
-            return train(self._cell, x, hx, weights, *options)
+            return models.train(self._cell, x, hx, weights, *options)
         options = (self.bias, self.proj_size > 0, self.bidirectional, relu)
-        return infer(self._cell, x, hx, weights, flags, *options)
+        return models.infer(self._cell, x, hx, weights, flags, *options)
+
+    def _weights(self) -> list[Tensor]:
+        """All weights and biases in torch.nn's order."""
+        held = self._parameters
+        names = self._flat_weights_names
+        return [held[name] if name in held else getattr(self, name) for name in names]
 
     def _scan_wave(self, x: Tensor, hx: tuple[Tensor, ...], chunk: int):
         """Every layer on x, a chunk of steps beside another: y and the final states."""
@@ -91,7 +91,7 @@ class _FusedRNNBase(torch.nn.RNNBase):
             states = [s if s.shape[0] == 1 else s[layer : layer + 1] for s in hx]
             layers.append(WaveLayer(*weights[:4], *states, *(None,) * (2 - len(states))))
         dropout = self.dropout if self.training else 0.0
-        return run_wave(self._cell, x, layers, chunk, dropout, self.mode == "RNN_RELU")
+        return models.run_wave(self._cell, x, layers, chunk, dropout, self.mode == "RNN_RELU")
 
     def _scan_layers(self, x, hx, flags, ragged: bool, packing, return_cells: bool):
         """Every layer on x [T, B, I] with hx a tuple of states [L*D, B, ...] or None.
@@ -101,7 +101,7 @@ class _FusedRNNBase(torch.nn.RNNBase):
         if x.shape[0] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         directions = 2 if self.bidirectional else 1
-        if not return_cells and is_plain(x):
+        if not return_cells and models.is_plain(x):
             found = self._run_model(x, hx, flags)
             if found is not None:
                 return *found, ()
@@ -112,10 +112,16 @@ class _FusedRNNBase(torch.nn.RNNBase):
                 same = not self.proj_size and not torch.compiler.is_compiling()
                 c0 = (directions, x.shape[1], self.hidden_size)
                 zeros = (*zeros, zeros[0] if same else x.new_zeros(c0))
+        drops = self.training and self.dropout and self.num_layers > 1
+        if flags is None and packing is None and not return_cells and not drops:
+            sizes = (self.num_layers, directions, self.hidden_size, self.proj_size)
+            if models.library_takes(self._cell, x, *sizes):
+                options = (self._weights(), self.bias, *sizes[:2], self.mode == "RNN_RELU")
+                return *models.run_library(self._cell, x, hx or zeros, *options), ()
         if self.num_layers > 1 and directions == 1 and self.tape == "keep":
             plain = flags is None and packing is None and not return_cells and not self.proj_size
             sizes = (self.num_layers, self.hidden_size)
-            if plain and (chunk := wave_chunk(self._cell, x, *sizes)) is not None:
+            if plain and (chunk := models.wave_chunk(self._cell, x, *sizes)) is not None:
                 return *self._scan_wave(x, zeros if hx is None else hx, chunk), ()
         finals, cells = [], []
         for layer in range(self.num_layers):
@@ -145,7 +151,7 @@ class _FusedRNNBase(torch.nn.RNNBase):
 
     def _run(self, input, hx, lengths, reset, return_cells: bool = False):
         """forward() of the three modules; hx is a tuple of states or None, and so it returns."""
-        if lengths is None and reset is None and not return_cells and is_plain(input):
+        if lengths is None and reset is None and not return_cells and models.is_plain(input):
             found = self._run_plain(input, hx)  # single steps are made of little else than checks
             if found is not None:
                 return *found, ()

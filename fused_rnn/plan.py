@@ -274,7 +274,8 @@ def measured(shape: Shape, kind: str) -> float:
     scans of 64 and 128 units, and one step of 512 a launch. (Streamed scans are taken to be like
     block scans.)"""
     if kind != "step":
-        return 2.3 if shape.backward else 1.8
+        wide = 1.7 if shape.itemsize == 4 else 1.0
+        return wide * (2.3 if shape.backward else 1.8)
     if shape.itemsize == 2:
         return 1.6 if shape.backward else 0.9
     return 5.4 if shape.backward else 1.7
@@ -404,56 +405,6 @@ def chosen(device: Device, shape: Shape) -> Prediction:
 def choose(device: Device, shape: Shape) -> BlockPlan | TilePlan:
     """The kernel and tiles a scan gets. Every shape gets some."""
     return chosen(device, shape).plan
-
-
-# A forward step of cuDNN in microseconds, on an H100 with cuDNN 9.19. Where it launches a product
-# and a pointwise kernel a step they take this and their work; a host that launches slowly takes
-# several times as long.
-CUDNN_LAUNCHES = 4.4
-# Its persistent kernels for small states: of float16, of float32 (which multiply by FMA).
-CUDNN_SMALL = {torch.float16: 1.45, torch.float32: 2.1}
-# How many times faster than a persistent kernel of cuDNN's ours has to be predicted: a call of ours
-# takes the host longer, which such short ones feel.
-CUDNN_CAUTION = 1.5
-
-
-def cudnn_step_us(device: Device, shape: Shape) -> float:
-    """What a forward step of cuDNN is taken to cost, for the automatic choice between its path and
-    ours.
-
-    cuDNN keeps weights on the chip in float16 and float32 for H <= 128, and for float16 LSTMs of
-    H <= 1024 in multiples of 128, B <= 128 in multiples of 8, one direction. Elsewhere it launches
-    a product and a pointwise kernel a step.
-    """
-    plain = not shape.proj and shape.reset_after
-    if plain and shape.H <= 128 and shape.dtype in CUDNN_SMALL:
-        elements = shape.S * shape.B * shape.H
-        memory = elements * (2 * shape.gates + 2) * shape.itemsize / device.memory * 1e-3
-        rate = device.mma16 if shape.itemsize == 2 else device.fma
-        work = (
-            elements * shape.gates * shape.H / (device.multiprocessors * device.clock * 1e3 * rate)
-        )
-        return max(CUDNN_SMALL[shape.dtype] * shape.S, memory, work) / CUDNN_CAUTION
-    persistent = (
-        *(plain, shape.cell == "lstm", shape.dtype == torch.float16, shape.S == 1),
-        *(shape.H % 128 == 0, shape.H <= 1024, shape.B % 8 == 0, shape.B <= 128),
-    )
-    if all(persistent):
-        return (0.9 + 0.05 * shape.B + 0.001 * shape.H) / CUDNN_CAUTION
-    out = shape.proj or shape.H
-    weights = shape.gates * shape.H * out * shape.itemsize
-    products = 2 * shape.gates * shape.H * out * shape.B
-    rate = rate_of(
-        device, replace(shape, precision="ieee" if shape.precision == "ieee" else "tf32")
-    )
-    peak = device.multiprocessors * device.clock * 2e3 * rate  # operations a us
-    once = CUDNN_LAUNCHES + max(weights / device.l2 * 1e-3, 2 * products / peak)
-    return once * shape.S
-
-
-def torch_is_faster(device: Device, shape: Shape) -> bool:
-    """Whether torch.nn's own path is predicted to beat ours, for a call it can take."""
-    return cudnn_step_us(device, shape) < chosen(device, shape).total
 
 
 @dataclass(frozen=True)

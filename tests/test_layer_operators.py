@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import UNDER_TEST  # noqa: F401  (the environment it sets)
 
-from fused_rnn import autograd
+from fused_rnn import whole
 from fused_rnn.autograd import LayerInputs, LayerSpec
 from fused_rnn.ops import ACC_DTYPE, GATES
 
@@ -40,7 +40,7 @@ def spec_of(cell, stack=2, relu=False):
 def outcomes(cell, inputs, spec):
     """Outputs and gradients of the inputs that have any."""
     count = {"lstm": 4, "gru": 2, "rnn": 2}[cell]
-    outputs = autograd.run(spec, inputs, cells=True)[:count]
+    outputs = whole.run(spec, inputs, cells=True)[:count]
     generator = torch.Generator().manual_seed(3)
     total = 0
     for out in outputs:
@@ -50,7 +50,7 @@ def outcomes(cell, inputs, spec):
 
 
 def in_parts(monkeypatch):
-    monkeypatch.setattr(autograd, "is_whole", lambda spec, inputs: False)
+    monkeypatch.setattr(whole, "is_whole", lambda spec, inputs: False)
 
 
 @cells
@@ -87,7 +87,7 @@ def test_few_steps(monkeypatch, cell, steps, rows):
     whole = [t if t is None else torch.cat((t, t), 1) for t in (several.x, several.h0, several.c0)]
     wide = several._replace(x=whole[0], h0=whole[1], c0=whole[2])
     wide = LayerInputs(*(None if t is None else t.detach().requires_grad_() for t in wide))
-    twice = autograd.run(spec_of(cell), wide, cells=False)
+    twice = whole.run(spec_of(cell), wide, cells=False)
     for half in twice[0].split(rows, 1):
         assert torch.equal(outputs[0], half)
     in_parts(monkeypatch)
@@ -116,7 +116,7 @@ def test_large_tapes(cell):
     steps, rows, hidden = 120, 96, 64  # a tape of 11 MiB and more; of 8 rows, less than one
     inputs = layer(cell, steps=steps, rows=rows, size=5, hidden=hidden, stack=1)
     outputs, gradients = outcomes(cell, inputs, spec_of(cell, 1))
-    everything, *_ = autograd.run(spec_of(cell, 1), inputs, cells=False)
+    everything, *_ = whole.run(spec_of(cell, 1), inputs, cells=False)
     dy = torch.randn(steps, rows, hidden, generator=torch.Generator().manual_seed(1))
     (all_dx,) = torch.autograd.grad(everything, inputs.x, dy)
     for part in (slice(0, 8), slice(40, 48)):
@@ -125,7 +125,7 @@ def test_large_tapes(cell):
             h0=inputs.h0[:, part].detach().requires_grad_(),
             c0=None if inputs.c0 is None else inputs.c0[:, part].detach().requires_grad_(),
         )
-        y, *_ = autograd.run(spec_of(cell, 1), few, cells=False)
+        y, *_ = whole.run(spec_of(cell, 1), few, cells=False)
         assert torch.equal(y, outputs[0][:, part])
         (dx,) = torch.autograd.grad(y, few.x, dy[:, part])
         assert torch.equal(dx, all_dx[:, part])
@@ -204,6 +204,6 @@ def test_sums_of_many_rows():
     inputs = layer("rnn", steps=3000, rows=7, hidden=3, size=2, stack=1)
     spec = LayerSpec("rnn", "cpu", (False,), relu=True)
     still = inputs._replace(w_hh=torch.zeros_like(inputs.w_hh).requires_grad_())
-    y = autograd.run(spec, still, cells=False)[0]
+    y = whole.run(spec, still, cells=False)[0]
     (found,) = torch.autograd.grad(y.sum(), still.b_ih)
     assert torch.equal(found[0], (y > 0).sum((0, 1)).float())

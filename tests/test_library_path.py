@@ -5,7 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from fused_rnn import backends
+import fused_rnn
+from fused_rnn import backends, models
+from fused_rnn.functional import call_library
 from fused_rnn.testing import Case, evaluate, make_inputs, run
 
 CASES = {
@@ -63,10 +65,73 @@ def test_backward_twice_and_in_place_changes(prefers_torch):
         torch.autograd.grad(y.sum(), weight)
 
 
+MODELS = {
+    "two-layers": {"num_layers": 2},
+    "both-ways": {"bidirectional": True, "num_layers": 2, "bias": False},
+    "projected": {"proj_size": 3},
+    "batch-first": {"batch_first": True},
+}
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("state", [False, True])
+def test_a_whole_model(cell, options, state, prefers_torch, monkeypatch):
+    """All layers by one call: torch.nn's bits, without gradients and with; second derivatives."""
+    if "proj_size" in options and cell != "LSTM":
+        options = {"num_layers": 3}
+    monkeypatch.setattr(models, "is_plain", lambda x: False)
+    calls = []
+    monkeypatch.setattr(
+        models, "call_library", lambda *args: calls.append(1) or call_library(*args)
+    )
+    theirs = getattr(torch.nn, cell)(3, 4, dtype=torch.float64, **options)
+    ours = getattr(fused_rnn, cell)(3, 4, dtype=torch.float64, **options)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 5, 3, dtype=torch.float64)
+    hx = None
+    if state:
+        rows = 2 if options.get("batch_first") else 5
+        entries = ours.num_layers * (2 if ours.bidirectional else 1)
+        sizes = (ours.proj_size or 4, 4)[: 2 if cell == "LSTM" else 1]
+        hx = tuple(torch.randn(entries, rows, n, dtype=torch.float64) for n in sizes)
+
+    def flat(module, x, *hx):
+        states = None if not hx else hx if cell == "LSTM" else hx[0]
+        y, found = module(x, states)
+        return (y, *(found if cell == "LSTM" else (found,)))
+
+    with torch.no_grad():
+        for a, b in zip(flat(ours, x, *(hx or ())), flat(theirs, x, *(hx or ())), strict=True):
+            assert torch.equal(a, b)
+    assert len(calls) == 1
+    given = [t.clone().requires_grad_() for t in (x, *(hx or ()))]
+    results = []
+    for module in (ours, theirs):
+        outputs = flat(module, *given)
+        total = sum((out * out.detach().cos()).sum() for out in outputs)
+        results.append([*outputs, *torch.autograd.grad(total, [*given, *module.parameters()])])
+    assert len(calls) == 2
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    assert torch.autograd.gradcheck(lambda *t: flat(ours, *t), given)
+    assert torch.autograd.gradgradcheck(lambda *t: flat(ours, *t), given)
+
+
+def test_a_model_of_mixed_dtypes_is_refused(prefers_torch, monkeypatch):
+    monkeypatch.setattr(models, "is_plain", lambda x: False)
+    module, x = fused_rnn.GRU(3, 4, 2), torch.randn(2, 5, 3)
+    with pytest.raises(RuntimeError, match="hidden tensors are not at the same device and dtype"):
+        module(x, torch.zeros(2, 5, 4, dtype=torch.float64))
+    module.weight_hh_l1.data = module.weight_hh_l1.data.double()
+    with pytest.raises(RuntimeError, match="parameter tensors are not at the same device and dt"):
+        module(x)
+
+
 def test_an_explicit_choice_is_the_library_itself():
     """use_backend("torch") is torch.nn's path with nothing around it."""
     case = CASES["lstm"]
     tensors = make_inputs(case)
     tensors["input"].requires_grad_()
     y = run(case, tensors, "torch")[0]
-    assert "LibraryLayer" not in type(y.grad_fn.next_functions[0][0]).__name__
+    assert "LibraryCall" not in type(y.grad_fn.next_functions[0][0]).__name__

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_rnn import backends, plan
+from fused_rnn import backends, cudnn, plan
 from fused_rnn.cuda import library, planning
 from fused_rnn.explain import explain
 from fused_rnn.plan import DEVICES, BlockPlan, Shape
@@ -244,14 +244,19 @@ def test_the_automatic_choice_on_a_gpu(dtype, gpu, monkeypatch):
     monkeypatch.setattr(library, "_lost", True)  # a grid scan of this process
     assert choose(1024, flags=True) == "triton"
     monkeypatch.setattr(library, "_lost", False)
-    if dtype == torch.bfloat16:  # in float16 cuDNN has persistent kernels
+    if dtype == torch.bfloat16:
         assert choose(64) == choose(128) == ("cuda" if gpu else "triton")
     if dtype == torch.float16:
-        assert choose(64) == choose(128, "gru") == choose(512) == "torch"
-        assert choose(512, "gru") == ("cuda" if gpu else "torch")
+        assert choose(64) == choose(128) == choose(512, "gru") == ("cuda" if gpu else "torch")
+    if dtype == torch.float32:  # cuDNN's persistent kernels
+        assert choose(64) == choose(64, training=True) == choose(128, "gru") == "torch"
+        assert choose(128, training=True) == choose(256) == ("cuda" if gpu else "torch")
+    if dtype == torch.float16 and gpu:  # they have one launch too, and a call costs their host less
+        assert choose(512, training=True) == choose(512, training=True, steps=512) == "cuda"
+        assert choose(512, steps=8) == choose(512, training=True, steps=8, layers=2) == "torch"
     if dtype.itemsize == 2:
         assert choose(128, "gru", reset_after=False) == "triton"
-    monkeypatch.setattr(plan, "cudnn_step_us", lambda device, shape: 0.0)
+    monkeypatch.setattr(cudnn, "call_us", lambda *_: 0.0)
     assert choose(2048) == choose(64) == "torch"
     assert choose(64, flags=True) == ours
     assert choose(None) == "triton"  # compiled, or under a transform
@@ -281,11 +286,13 @@ def test_explain_tells_the_prediction(gpu, monkeypatch):
     text = told(2500)
     if gpu:
         assert "cuda: Triton's kernels are predicted to be faster at B = 32, H = 2500" in text
-    monkeypatch.setattr(plan, "torch_is_faster", lambda device, shape: True)
+    monkeypatch.setattr(cudnn, "call_us", lambda *_: 0.0)
     text = told(2500)
     assert text.startswith("lstm on cuda, float32: torch")
     assert "triton: torch.nn's path is predicted to be faster at B = 32, H = 2500" in text
-    monkeypatch.setattr(plan, "torch_is_faster", lambda device, shape: False)
+    short = explain(torch.nn.LSTM(8, 64), device="cuda", steps=5, training=True)
+    assert short.startswith("lstm on cuda, float32: torch") and "T = 5, B = 32, H = 64" in short
+    monkeypatch.setattr(cudnn, "call_us", lambda *_: float("inf"))
     text = told(2500)
     assert text.startswith("lstm on cuda, float32: triton")
 

@@ -7,7 +7,7 @@ import torch
 from conftest import UNDER_TEST, interpreted, keeps_bits
 
 import fused_rnn
-from fused_rnn import autograd, modules, wavefront
+from fused_rnn import autograd, models, wavefront, whole
 from fused_rnn.autograd import LayerInputs, LayerSpec
 from fused_rnn.cuda import operators as cuda_operators
 from fused_rnn.cuda import planning
@@ -21,7 +21,7 @@ cells = pytest.mark.parametrize("cell", CELLS)
 @pytest.fixture(autouse=True)
 def in_parts(monkeypatch):
     """On a CPU a layer may be one operator, which adds up gradients of biases in other orders."""
-    monkeypatch.setattr(autograd, "is_whole", lambda spec, inputs: False)
+    monkeypatch.setattr(whole, "is_whole", lambda spec, inputs: False)
 
 
 @pytest.mark.parametrize("steps", range(1, 12))
@@ -321,7 +321,7 @@ def test_modules(planned, monkeypatch, name, with_hx, training):
     with torch.set_grad_enabled(training):
         found = flat(module(*args))
         assert len(planned) == 1
-        monkeypatch.setattr(modules, "wave_chunk", lambda *args: None)
+        monkeypatch.setattr(models, "wave_chunk", lambda *args: None)
         expected = flat(module(*args))
     assert len(planned) == 1
     for a, b in zip(found, expected, strict=True):
@@ -356,7 +356,7 @@ def test_dropout_draws_what_layers_one_after_another_draw(planned, monkeypatch, 
     x = torch.randn(8, 2, 4)
     torch.manual_seed(0)
     y, after = module(x)[0], torch.rand(1)
-    monkeypatch.setattr(modules, "wave_chunk", lambda *args: None)
+    monkeypatch.setattr(models, "wave_chunk", lambda *args: None)
     torch.manual_seed(0)
     assert torch.equal(y, module(x)[0]) and torch.equal(after, torch.rand(1))
     assert len(planned) == 1
@@ -373,7 +373,7 @@ def test_weights_are_read_once(planned, monkeypatch, chunk):
 
     module = fused_rnn.GRU(4, 16, 2)
     torch.nn.utils.parametrize.register_parametrization(module, "weight_hh_l1", Counting())
-    monkeypatch.setattr(modules, "wave_chunk", lambda *args: chunk)
+    monkeypatch.setattr(models, "wave_chunk", lambda *args: chunk)
     Counting.reads = 0
     module(torch.randn(8, 2, 4))
     assert Counting.reads == 1

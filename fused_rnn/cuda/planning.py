@@ -265,22 +265,27 @@ class Prediction:
 # what the registers leave room for, one instruction of a warp every six clocks in a block scan and
 # every five in a grid scan, most of them waiting for the one before. Counted in the machine code:
 # what a step has of them besides the gates; what a slot has for each exponential with its quotient
-# (library calls where precision is full) and for each value read, written or formed.
+# (library calls where precision is full) and for each value read, written or formed. Of a block's
+# backward scan and of a grid's with 32 units, as they were measured: more besides, less a slot.
 BLOCK_ISSUE, GRID_ISSUE = 6.0, 5.0
 BLOCK_INSTRUCTIONS, GRID_INSTRUCTIONS = 110, 350
+BLOCK_BACKWARD_INSTRUCTIONS, WIDE_GRID_INSTRUCTIONS = 380, 650
 EXPONENTIAL_OF_LANE, EXACT_EXPONENTIAL_OF_LANE = 12, 30
-VALUE_OF_LANE, BACKWARD_VALUE_OF_LANE = 6, 9
+VALUE_OF_LANE, BACKWARD_VALUE_OF_LANE, BLOCK_BACKWARD_VALUE_OF_LANE = 6, 9, 5
+# What scattering adds to the bytes it moves.
+SCATTERING = 1.3
 # Instructions of all warps a clock of a multiprocessor that has enough of them.
 ISSUED = 2.4
 
 
-def lane_instructions(shape: Shape, slots: int) -> float:
-    """Instructions of a warp for the gates of so many slots a lane."""
+def lane_instructions(shape: Shape, slots: int, block: bool) -> float:
+    """Instructions of a warp for the gates of so many slots a lane of a block scan or a grid's."""
     exact = product_of(shape) in ("ieee", "tf32x3")
     exponential = EXACT_EXPONENTIAL_OF_LANE if exact else EXPONENTIAL_OF_LANE
     if shape.backward:
         count, values = int(shape.cell == "lstm"), 3 * shape.gates + 3
-        return slots * (count * exponential + values * BACKWARD_VALUE_OF_LANE)
+        value = BLOCK_BACKWARD_VALUE_OF_LANE if block else BACKWARD_VALUE_OF_LANE
+        return slots * (count * exponential + values * value)
     count, values = EXPONENTIALS[shape.cell], 2 * shape.gates + 3
     return slots * (count * exponential + values * VALUE_OF_LANE)
 
@@ -310,7 +315,7 @@ def predict_grid(device: Device, shape: Shape, plan: Grid, sequences: float) -> 
     work = shape.gates * plan.units * shape.H * parts * in_group / rate_of(device, shape)
     steps = shape.gates * plan.units * shape.H * parts / (tiles * UNITS * (32 // size)) / WARPS
     chain = steps * MMA_CYCLES * tiles / max(4, tiles)  # of a warp, four sums or more side by side
-    traffic = in_group * shape.H * (8 if scattering else size * parts * sources)
+    traffic = in_group * shape.H * (8 * SCATTERING if scattering else size * parts * sources)
     traffic = max(
         traffic / device.l2_one, traffic * plan.slices * side_by_side * device.clock / device.l2
     )
@@ -319,11 +324,12 @@ def predict_grid(device: Device, shape: Shape, plan: Grid, sequences: float) -> 
         work, chain = 3 * work, 3 * chain
     passed = shape.gates * size if scattering else 2 * tiles * 4  # a warp, for a unit and row
     sums = WARPS * UNITS * in_group * passed / 128
-    instructions = GRID_INSTRUCTIONS + lane_instructions(shape, plan.units // UNITS)
+    instructions = GRID_INSTRUCTIONS if plan.units == UNITS else WIDE_GRID_INSTRUCTIONS
+    instructions += lane_instructions(shape, plan.units // UNITS, block=False)
     arithmetic = GRID_ISSUE * instructions
     exchange = GRID_BARRIER_CYCLES + GRID_BLOCK_CYCLES * plan.slices + L2_CYCLES
     group = max(work, chain, traffic, in_shared) + sums + arithmetic + exchange
-    several = GRID_GROUPS if groups > 1 else 1.0
+    several = GRID_GROUPS if groups > 1 and not scattering else 1.0
     scale = groups * waves * us_per_cycle
     return Prediction(
         plan,
@@ -369,7 +375,8 @@ def predict(device: Device, shape: Shape, plan: Block | Grid | Step) -> Predicti
     chain = units * size / 32 * MMA_CYCLES * (3 if product == "tf32x3" else 1)
     if product == "ieee":
         chain = units * 4.0  # one multiply-add after another
-    instructions = BLOCK_INSTRUCTIONS + lane_instructions(shape, plan.rows // 2)
+    instructions = BLOCK_BACKWARD_INSTRUCTIONS if shape.backward else BLOCK_INSTRUCTIONS
+    instructions += lane_instructions(shape, plan.rows // 2, block=True)
     alone = max(work, read / 128, chain) + BLOCK_ISSUE * instructions + EXCHANGE_CYCLES
     return Prediction(
         plan,
