@@ -73,6 +73,11 @@ def make_parser():
     add("--providers", type=_names, default=[], metavar="NAMES",
         help=f"default {','.join(providers.DEFAULT)}; ours:all: each backend")  # fmt: skip
     add("--device", type=_device, default="cpu", help="cpu (default) or cuda")
+    add(
+        "--graph",
+        action="store_true",
+        help="on a GPU: calls replayed as CUDA graphs, the time of their kernels alone",
+    )
     add("--threads", type=int, metavar="N", help="torch's and ONNX Runtime's threads")
     add("--budget", type=float, metavar="S",
         help=f"seconds of timing a row; default {QUICK_S}, with --full {FULL_S}")  # fmt: skip
@@ -151,6 +156,8 @@ def benchmark(options):
         raise UnknownName("no case has these cells and modes; see --list")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise UnknownName("--device cuda: torch sees no CUDA device here")
+    if options.graph and not options.device.startswith("cuda"):
+        raise UnknownName("--graph is of CUDA graphs: it wants --device cuda")
     present, notes = _providers(options)
     for note in notes:
         print(note, file=sys.stderr)
@@ -163,6 +170,7 @@ def benchmark(options):
             device=options.device,
             progress=Progress(len(jobs)),
             limit_s=options.limit,
+            graph=options.graph,
         )
     print(report.table(result))
     print("\n".join(write(result, options.out)))

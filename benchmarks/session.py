@@ -8,6 +8,7 @@ from benchmarks import machine
 from benchmarks.cases import operations
 from benchmarks.floor import floor_s
 from benchmarks.gate import Gate
+from benchmarks.graphs import Replayed
 from benchmarks.problem import make_problem
 from benchmarks.providers import Refused, TorchProvider
 from benchmarks.stats import median, paired_ratio, quantile
@@ -59,11 +60,13 @@ def blank_row(job, provider, metadata):
     }
 
 
-def _admit(provider, problem, gate, row):
+def _admit(provider, problem, gate, row, graph):
     """The provider's runner if it passes the gate, else None and the reason in its row."""
     try:
         runner = provider.prepare(problem)
         verdict = gate.judge(runner.results())
+        if graph and verdict.passed:
+            runner = Replayed(runner)
     except Refused as refusal:
         row.update(status=REFUSED, reason=str(refusal))
         return None
@@ -79,8 +82,9 @@ def _admit(provider, problem, gate, row):
     return runner
 
 
-def run_job(job, providers, budget_s, device="cpu", metadata=None):
-    """Rows of one job, one a provider, with `blocks`: medians in us a step, by pass."""
+def run_job(job, providers, budget_s, device="cpu", metadata=None, graph=False):
+    """Rows of one job, one a provider, with `blocks`: medians in us a step, by pass. graph: of
+    calls replayed as CUDA graphs."""
     rows = {p.name: blank_row(job, p, metadata or {}) for p in providers}
     problem = make_problem(job, device)
     try:
@@ -90,7 +94,7 @@ def run_job(job, providers, budget_s, device="cpu", metadata=None):
         for row in rows.values():
             row.update(status=REFUSED, reason=f"no yardstick, torch.nn: {first_line(error)}")
         return list(rows.values())
-    admitted = {p.name: _admit(p, problem, gate, rows[p.name]) for p in providers}
+    admitted = {p.name: _admit(p, problem, gate, rows[p.name], graph) for p in providers}
     runners = {name: runner for name, runner in admitted.items() if runner is not None}
     timings = interleave(runners, budget_s, device) if runners else {}
     floor = floor_s(problem) * 1e6 / job.case.T
@@ -110,7 +114,7 @@ def run_job(job, providers, budget_s, device="cpu", metadata=None):
     return list(rows.values())
 
 
-def run(jobs, providers, *, budget_s, device, progress, limit_s=None):
+def run(jobs, providers, *, budget_s, device, progress, limit_s=None, graph=False):
     """All jobs, or those that begin within `limit_s`; returns {"meta": ..., "rows": [...]}."""
     metadata = machine.describe(device)
     before = machine.load()
@@ -123,7 +127,7 @@ def run(jobs, providers, *, budget_s, device, progress, limit_s=None):
             progress.note(f"note: {left_out} of {len(jobs)} jobs are left out: {limit_s:g} s over")
             break
         progress.start(f"{job.case.name} {job.cell} {job.mode} {job.dtype}")
-        new = run_job(job, providers, budget_s, device, metadata)
+        new = run_job(job, providers, budget_s, device, metadata, graph)
         for row in new:
             if row["status"] in FAILURES:
                 progress.note(f"{row['status']}: {row['provider']}: {row['reason']}")
@@ -132,5 +136,5 @@ def run(jobs, providers, *, budget_s, device, progress, limit_s=None):
             torch.cuda.empty_cache()
     progress.close()
     after = machine.load()
-    about = {"budget_s": budget_s, "load_before": before, "load_after": after}
+    about = {"budget_s": budget_s, "graph": graph, "load_before": before, "load_after": after}
     return {"meta": metadata | about | {"warning": machine.busy(before, after)}, "rows": rows}

@@ -96,7 +96,8 @@ class _Lane:
         self.single = runner.training
         estimate = quick_estimate(runner)
         with runner.context():
-            self.timing.peak_memory = clock.peak_memory(runner.call)
+            if not getattr(runner, "keeps_memory", False):
+                self.timing.peak_memory = clock.peak_memory(runner.call)
             runner.clear()
         self.slow = estimate > WARM_UP_S
         self.repeat = 1 if self.single else max(1, round(SAMPLE_S / estimate))

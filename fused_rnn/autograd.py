@@ -134,11 +134,12 @@ def _operators(spec: LayerSpec, *tensors: Tensor | None) -> dict:
     """The operators of a layer's backend for these tensors, past the dispatcher where nobody would
     know and it would have nothing to do, as it has for negative views. (To be called where no
     gradient is wanted.)"""
-    if observers.unwatched() and all(
-        t is None or (type(t) in observers.PLAIN and not t.is_neg()) for t in tensors
-    ):
-        return ops.direct(spec.backend)
-    return ops.family(spec.backend)
+    if not observers.unwatched():
+        return ops.family(spec.backend)
+    for t in tensors:
+        if t is not None and (type(t) not in observers.PLAIN or t.is_neg()):
+            return ops.family(spec.backend)
+    return ops.direct(spec.backend)
 
 
 def forward_scan(

@@ -454,7 +454,8 @@ def test_the_automatic_choice_is_named_by_what_ran(monkeypatch):
 
     choices = iter(["reference", "cpu"])
     monkeypatch.setattr(backends, "choose", lambda *_: next(choices, "cpu"))
-    runner = providers.OursProvider().prepare(make_problem(tiny(mode="training", layers=2)))
+    ragged = tiny(mode="training", layers=2, min_length=0.3)
+    runner = providers.OursProvider().prepare(make_problem(ragged))
     assert runner.backend == "auto:reference+cpu"
     runner = providers.OursProvider().prepare(make_problem(tiny(mode="inference", layers=2)))
     assert runner.backend == "auto:cpu"
@@ -534,6 +535,7 @@ def test_a_sweep_leaves_a_picture(tmp_path, capsys):
     assert main([*arguments, "--providers", "torch,ours", "-T", "3"]) == 2
     assert "draws its own shapes" in capsys.readouterr().err
     assert main(["--sweep", "0"]) == 2
+    assert main([*arguments, "--providers", "torch", "--graph"]) == 2
     assert main([*arguments, "--providers", "torch,ours"]) == 0
     assert "sweep/1_t" in capsys.readouterr().out
     assert (tmp_path / "ratios.png").read_bytes()[:4] == b"\x89PNG"

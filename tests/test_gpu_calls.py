@@ -11,7 +11,10 @@ import torch
 from test_gpu import BOTH, DEVICE, REHEARSAL, size
 
 import fused_rnn
-from fused_rnn import plan
+from benchmarks.cases import Case, Job
+from benchmarks.providers import find
+from benchmarks.session import run_job
+from fused_rnn import models, plan
 from fused_rnn.cuda import planning
 
 pytestmark = [pytest.mark.gpu, test_gpu.pytestmark[1]]
@@ -313,3 +316,43 @@ def test_compiled_without_a_graph_break(cell, compiler, backend):
         # The compiler may sum bias gradients in another order.
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
     torch._dynamo.reset()
+
+
+@pytest.mark.skipif(REHEARSAL, reason="cuDNN is asked, and graphs are captured")
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+@pytest.mark.parametrize("training", [False, True])
+def test_short_calls_go_to_torchs_own_path(cell, training, monkeypatch):
+    """Where cuDNN is predicted to be faster a whole model goes there: its bits, its one copy of
+    the weights, and second derivatives that it has not."""
+    called = []
+    library = models.call_library
+    monkeypatch.setattr(models, "call_library", lambda *a: called.append(1) or library(*a))
+    theirs = getattr(torch.nn, cell)(64, 64, 2, device=DEVICE)
+    ours = getattr(fused_rnn, cell)(64, 64, 2, device=DEVICE)
+    ours.load_state_dict(theirs.state_dict())
+    assert len({w.untyped_storage().data_ptr() for w in ours.parameters()}) == 1
+    results = []
+    x = torch.randn(6, 16, 64, device=DEVICE, requires_grad=training)
+    for module in (ours, theirs):
+        with torch.set_grad_enabled(training):
+            y, state = module(x)
+        results.append([y, *flat(state)])
+        if training:
+            results[-1] += torch.autograd.grad(y.cos().sum(), [x, *module.parameters()])
+    assert called == [1]
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    if training:
+        y, _ = ours(x)
+        (dx,) = torch.autograd.grad(y.cos().sum(), x, create_graph=True)
+        assert torch.isfinite(torch.autograd.grad(dx.square().sum(), x)[0]).all()
+
+
+@pytest.mark.skipif(REHEARSAL, reason="graphs are captured")
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_replayed_benchmarks(mode):
+    job = Job(Case("test", "graph", 8, 16, 64, 64), "LSTM", mode)
+    rows = run_job(job, find(["torch", "ours:cuda"]), 0.01, DEVICE, graph=True)
+    for row in rows:
+        assert row["status"] == "ok" and row["median_us_per_step"] > 0, row["reason"]
+        assert row["backend"].endswith("replayed") and row["peak_memory"] is None
