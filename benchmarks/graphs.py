@@ -18,7 +18,13 @@ class Replayed:
     keeps_memory = True  # all of it is the graph's: a replay allocates nothing
 
     def __init__(self, runner):
-        """Raises Refused where the call cannot be captured, as one that asks the GPU for values."""
+        """Raises Refused where a call asks the GPU for values, which would end the capture, and
+        with it the state of torch's random numbers."""
+        problem = runner.problem
+        if runner.backend.startswith("eager") and (
+            problem.lengths is not None or problem.reset is not None
+        ):
+            raise Refused("torch.nn's ways with lengths and resets cannot be captured")
         self.device, self.backend = runner.device, f"{runner.backend}, replayed"
         self.context, self.results = runner.context, runner.results
         side = torch.cuda.Stream()
@@ -29,12 +35,8 @@ class Replayed:
                 runner.clear()
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(self.graph), runner.context():
-                self.kept = runner.call(0)  # of a training step also the graph of the backward
-        except RuntimeError as error:
-            torch.cuda.synchronize()
-            raise Refused(f"it cannot be captured: {str(error).strip().splitlines()[0]}") from error
+        with torch.cuda.graph(self.graph), runner.context():
+            self.kept = runner.call(0)  # of a training step also the graph of the backward
 
     def call(self, index):
         self.graph.replay()

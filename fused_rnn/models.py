@@ -112,10 +112,23 @@ def library_takes(
 
 
 def run_library(
-    cell: str, x: Tensor, hx, weights, bias: bool, layers: int, directions: int, relu: bool
+    cell: str,
+    x: Tensor,
+    hx,
+    weights: list[Tensor],
+    bias: bool,
+    layers: int,
+    directions: int,
+    hidden: int,
+    proj: int,
+    relu: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """A model by torch.nn's own path: y and the final states, shapes as ``infer``'s; hx: a tuple of
-    states, of one layer for all, which are zeros then."""
+    """A model by torch.nn's own path: y and the final states, shapes as ``infer``'s."""
+    if hx is None:
+        entries, rows = layers * directions, x.shape[1]
+        hx = (x.new_zeros((entries, rows, proj or hidden)),)
+        if cell == "lstm":
+            hx = (*hx, x.new_zeros((entries, rows, hidden)) if proj else hx[0])
     for name, tensors in (("parameter", weights), ("hidden", hx)):
         for t in tensors:
             if t.device != x.device or t.dtype != x.dtype:
@@ -124,8 +137,6 @@ def run_library(
                     f" tensor at {x.device} in {x.dtype} and {name} tensor at {t.device} in"
                     f" {t.dtype}"
                 )
-    entries = layers * directions
-    hx = tuple(s if len(s) == entries else s.repeat(layers, 1, 1) for s in hx)
     options = (bias, layers, directions == 2, relu)
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *hx, *weights))
     if not wanted or backends.current_backend() == "torch":

@@ -62,9 +62,17 @@ class _FusedRNNBase(torch.nn.RNNBase):
         return weights
 
     def _run_model(self, x: Tensor, hx, flags):
-        """Every layer on x, for which ``is_plain(x)`` holds, by an operator for all of them, or for
-        each where there are gradients: y and the final states; None where that cannot be."""
+        """Every layer on x by as few calls as can be: y and the final states. On a CPU by an
+        operator for all of them, or for each where there are gradients; elsewhere by torch.nn's own
+        path, where it is the one to take. None where neither can be."""
         dropout = self.dropout if self.training and self.num_layers > 1 else 0.0
+        if not models.is_plain(x):
+            directions = 2 if self.bidirectional else 1
+            sizes = (self.num_layers, directions, self.hidden_size, self.proj_size)
+            if dropout or flags is not None or not models.library_takes(self._cell, x, *sizes):
+                return None
+            options = (self.bias, *sizes, self.mode == "RNN_RELU")
+            return models.run_library(self._cell, x, hx, self._weights(), *options)
         grad = torch.is_grad_enabled()
         if (dropout and not grad) or (grad and (flags is not None or self.proj_size)):
             return None
@@ -101,7 +109,7 @@ class _FusedRNNBase(torch.nn.RNNBase):
         if x.shape[0] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         directions = 2 if self.bidirectional else 1
-        if not return_cells and models.is_plain(x):
+        if not return_cells:
             found = self._run_model(x, hx, flags)
             if found is not None:
                 return *found, ()
@@ -112,12 +120,6 @@ class _FusedRNNBase(torch.nn.RNNBase):
                 same = not self.proj_size and not torch.compiler.is_compiling()
                 c0 = (directions, x.shape[1], self.hidden_size)
                 zeros = (*zeros, zeros[0] if same else x.new_zeros(c0))
-        drops = self.training and self.dropout and self.num_layers > 1
-        if flags is None and packing is None and not return_cells and not drops:
-            sizes = (self.num_layers, directions, self.hidden_size, self.proj_size)
-            if models.library_takes(self._cell, x, *sizes):
-                options = (self._weights(), self.bias, *sizes[:2], self.mode == "RNN_RELU")
-                return *models.run_library(self._cell, x, hx or zeros, *options), ()
         if self.num_layers > 1 and directions == 1 and self.tape == "keep":
             plain = flags is None and packing is None and not return_cells and not self.proj_size
             sizes = (self.num_layers, self.hidden_size)
@@ -151,7 +153,7 @@ class _FusedRNNBase(torch.nn.RNNBase):
 
     def _run(self, input, hx, lengths, reset, return_cells: bool = False):
         """forward() of the three modules; hx is a tuple of states or None, and so it returns."""
-        if lengths is None and reset is None and not return_cells and models.is_plain(input):
+        if lengths is None and reset is None and not return_cells and type(input) is Tensor:
             found = self._run_plain(input, hx)  # single steps are made of little else than checks
             if found is not None:
                 return *found, ()
@@ -196,7 +198,7 @@ class _FusedRNNBase(torch.nn.RNNBase):
     def _run_plain(self, input: Tensor, hx):
         """A batch without lengths or reset by ``_run_model``; None where that cannot be, or where
         an argument is wrong, which is then said elsewhere."""
-        if input.dim() != 3 or input.shape[2] != self.input_size:
+        if torch.compiler.is_compiling() or input.dim() != 3 or input.shape[2] != self.input_size:
             return None
         x = input.transpose(0, 1) if self.batch_first else input
         steps, rows, _ = x.shape
