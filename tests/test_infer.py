@@ -64,6 +64,38 @@ def test_same_bits(taken, flavour, proj, dtype):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("flavour, proj", [*((name, 0) for name in FLAVOURS), ("LSTM", 30)])
+def test_rows_that_end_early(taken, flavour, proj, dtype, threads):
+    """Rows of different lengths, which take other places while they are computed: what layers one
+    by one make of them, in the batch's order."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(threads)
+    options = {"proj_size": proj} if proj else {}
+    for (rows, hidden), both, first in itertools.product(
+        ((29, 301 if flavour == "RNN" else 101), (4, 257)), (False, True), (False, True)
+    ):
+        module = getattr(fused_rnn, flavour)(
+            13, hidden, 2, bidirectional=both, batch_first=first, dtype=dtype, **options
+        ).eval()
+        lengths = torch.randint(0, 12, (rows,))
+        lengths[3] = 11
+        x = torch.randn((rows, 11, 13) if first else (11, rows, 13)).to(dtype)
+        x[x.abs() > 2.5] = float("inf")  # also beyond the ends, where it is not to be seen
+        beyond = torch.arange(11).unsqueeze(1) >= lengths
+        x = torch.where((beyond.t() if first else beyond).unsqueeze(2), x, x.clamp(-3, 3))
+        reset = torch.rand(x.shape[:2]) < 0.1
+        for hx, more in ((None, {}), (states(module, rows), {"reset": reset})):
+            before = len(taken)
+            with torch.no_grad():
+                found = flat(module(x, hx, lengths=lengths, **more))
+            assert len(taken) == before + 1
+            for a, b in zip(found, flat(module(x, hx, lengths=lengths, **more)), strict=True):
+                assert torch.equal(a, b) and torch.isfinite(a).all()
+        assert (found[0][3] if first else found[0][:, 3]).abs().sum() > 0
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("hidden", [16, 57, 700])
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_one_step_of_one_row(flavour, hidden, threads):

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "layer.h"
+#include "ragged.h"
 
 namespace fused_rnn::cpu {
 namespace {
@@ -74,22 +75,61 @@ class Model {
         cell_ == 0 ? new_tensor(x_, {entries, batch_, hidden_}, io_) : new_tensor(x_, {0}, io_);
     if (batch_ == 0) return {y, h_n, c_n};
     h_n_ = h_n.mutable_data_ptr(), c_n_ = cell_ == 0 ? c_n.mutable_data_ptr() : nullptr;
-    const int64_t sequence = steps_ * batch_ * width * size_of(io_);
-    const Buffer bias(directions_ * rows() * size_of(acc_));
-    const Buffer between(layers_ > 1 ? sequence : 0), other(layers_ > 2 ? sequence : 0);
     const Sequence given(x_, io_, false);
-    for (int64_t layer = 0; layer < layers_; ++layer) {
-      void* to = layer + 1 == layers_ ? y.mutable_data_ptr()
-                 : layer % 2          ? other.at()
-                                      : between.at();
-      void* from = layer % 2 ? between.at() : other.at();
-      const Rows x = layer == 0 ? given.rows : Rows{from, io_, batch_ * width, width, 0};
-      run_layer(layer, x, layer == 0 ? x_.size(2) : width, bias, to);
+    if (flags_) {
+      const auto* flags = static_cast<const uint8_t*>(flags_->const_data_ptr());
+      const int64_t parts = std::max<int64_t>(1, thread_count() / directions_);
+      const RowOrder order(flags, steps_, batch_, rows(), parts);
+      if (order) {
+        run_in(order, given.rows, y.mutable_data_ptr());
+        return {y, h_n, c_n};
+      }
+      flags_data_ = flags;
     }
+    h0_data_ = h0_ ? data_of(*h0_) : nullptr, c0_data_ = c0_ ? data_of(*c0_) : nullptr;
+    run_layers(given.rows, y.mutable_data_ptr());
     return {y, h_n, c_n};
   }
 
  private:
+  // All layers on x [T, B, I], into y [T, B, D*P].
+  void run_layers(const Rows& x, void* y) const {
+    const int64_t width = directions_ * out_, sequence = steps_ * batch_ * width * size_of(io_);
+    const Buffer bias(directions_ * rows() * size_of(acc_));
+    const Buffer between(layers_ > 1 ? sequence : 0), other(layers_ > 2 ? sequence : 0);
+    for (int64_t layer = 0; layer < layers_; ++layer) {
+      void* to = layer + 1 == layers_ ? y : layer % 2 ? other.at() : between.at();
+      void* from = layer % 2 ? between.at() : other.at();
+      const Rows input = layer == 0 ? x : Rows{from, io_, batch_ * width, width, 0};
+      run_layer(layer, input, layer == 0 ? x_.size(2) : width, bias, to);
+    }
+  }
+
+  // As run_layers, with rows in another order meanwhile.
+  void run_in(const RowOrder& order, const Rows& x, void* y) {
+    const int64_t entries = layers_ * directions_, size = size_of(io_);
+    const int64_t inputs = x_.size(2) * size, width = directions_ * out_ * size;
+    const Buffer x_there(steps_ * batch_ * inputs), y_there(steps_ * batch_ * width);
+    const int64_t h_bytes = entries * batch_ * out_ * size;
+    const int64_t c_bytes = cell_ == 0 ? entries * batch_ * hidden_ * size : 0;
+    const Buffer h0(h0_ ? h_bytes : 0), c0(c0_ ? c_bytes : 0), h_n(h_bytes), c_n(c_bytes);
+    order.gather(x.data, x.step * size, x.row * size, inputs, x_there.at());
+    if (h0_) {
+      order.gather_states(data_of(*h0_), entries, out_ * size, h0.at());
+      h0_data_ = h0.at();
+    }
+    if (c0_) {
+      order.gather_states(data_of(*c0_), entries, hidden_ * size, c0.at());
+      c0_data_ = c0.at();
+    }
+    void *h_out = h_n_, *c_out = c_n_;
+    h_n_ = h_n.at(), c_n_ = c_n.at(), flags_data_ = order.flags();
+    run_layers(Rows{x_there.at(), io_, batch_ * x_.size(2), x_.size(2), 0}, y_there.at());
+    order.scatter(y_there.at(), width, y);
+    order.scatter_states(h_n.at(), entries, out_ * size, h_out);
+    if (cell_ == 0) order.scatter_states(c_n.at(), entries, hidden_ * size, c_out);
+  }
+
   int64_t rows() const { return gates_ * hidden_; }
 
   void same_dtype(const char* name, const Tensor& t) const {
@@ -116,9 +156,8 @@ class Model {
     auto* data = static_cast<char*>(data_of(first));
     return Rows{data + skip * size_of(io_), io_, 0, row, apart};
   }
-  Rows state(const MaybeTensor& t, int64_t layer, int64_t size) const {
-    if (!t) return Rows{nullptr, io_, 0, 0, 0};
-    return state_at(data_of(*t), layer, size);
+  Rows state(void* data, int64_t layer, int64_t size) const {
+    return data == nullptr ? Rows{nullptr, io_, 0, 0, 0} : state_at(data, layer, size);
   }
   Rows state_at(void* data, int64_t layer, int64_t size) const {
     const int64_t entry = batch_ * size;
@@ -131,7 +170,7 @@ class Model {
     const Direction &first = direction(layer, 0), &last = direction(layer, directions_ - 1);
     const int64_t width = directions_ * out_, folded = cell_ == 1 ? 2 * hidden_ : rows();
     Layer l{steps_, batch_, directions_, hidden_, out_, nullptr, kReverse};
-    if (flags_) l.flags = static_cast<const uint8_t*>(flags_->const_data_ptr());
+    l.flags = flags_data_;
     AnyForward p;
     p.layer = l, p.relu = relu_;
     p.input = Input{inputs, x, weight(first.w_ih, last.w_ih), {}};
@@ -145,8 +184,8 @@ class Model {
     }
     p.w_hh = weight(first.w_hh, last.w_hh);
     p.y = Rows{to, io_, batch_ * width, width, out_};
-    p.h0 = state(h0_, layer, out_), p.h_n = state_at(h_n_, layer, out_);
-    if (cell_ == 0) p.c0 = state(c0_, layer, hidden_), p.c_n = state_at(c_n_, layer, hidden_);
+    p.h0 = state(h0_data_, layer, out_), p.h_n = state_at(h_n_, layer, out_);
+    if (cell_ == 0) p.c0 = state(c0_data_, layer, hidden_), p.c_n = state_at(c_n_, layer, hidden_);
     if (first.w_hr) p.w_hr = weight(*first.w_hr, *last.w_hr);
     if (cell_ == 1 && first.b_hh) p.b_hn = weight(*first.b_hh, *last.b_hh, 2 * hidden_);
     p.run(cell_, acc_);
@@ -160,7 +199,8 @@ class Model {
   std::vector<Direction> weights_;
   int64_t layers_ = 0, steps_ = 0, batch_ = 0, gates_ = 0, hidden_ = 0, out_ = 0;
   DType io_, acc_;
-  void *h_n_ = nullptr, *c_n_ = nullptr;
+  void *h0_data_ = nullptr, *c0_data_ = nullptr, *h_n_ = nullptr, *c_n_ = nullptr;
+  const uint8_t* flags_data_ = nullptr;
 };
 
 std::tuple<Tensor, Tensor, Tensor> layers(const Tensor& x, const MaybeTensor& h0,

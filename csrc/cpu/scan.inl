@@ -358,11 +358,13 @@ class Runner {
     const T* own = direct_ ? nullptr : w.at(s, block);
     const T* following = direct_ ? nullptr : (w_ih.depth() > 0 ? w_ih : w).at(s, then);
     bool projects = false;
+    int64_t multiplied = to;  // rows before this one; those after it have ended
     if constexpr (!Scan::kBackward) {
+      multiplied = last_active(t, from, to);
       projects = w_ih.depth() > 0;
       if (projects) {
         multiply(w_ih, share.asks, t, s, block, scan_.input_row(t, from), scan_.input.x.row, own,
-                 from, to, projected, [](int64_t, int64_t) FN_LAMBDA {});
+                 from, multiplied, projected, [](int64_t, int64_t) FN_LAMBDA {});
         scan_.add_bias(s, u, units, to - from, projected);
       }
     }
@@ -374,8 +376,8 @@ class Runner {
       direct_product<T>(static_cast<int>(to - from), w.weights, s * w.entry, w.blocks, block,
                         operand, phase.operand.ld, sums);
     } else {
-      multiply(w, share.asks, t, s, block, operand, phase.operand.ld, following, from, to, sums,
-               ahead);
+      multiply(w, share.asks, t, s, block, operand, phase.operand.ld, following, from, multiplied,
+               sums, ahead);
     }
     if constexpr (Scan::kBackward) {
       if (finishing) {
@@ -401,6 +403,7 @@ class Runner {
   FN void multiply(const Panels<T>& w, bool asks, int64_t t, int64_t s, int64_t block,
                    const T* operand, int64_t ld, const T* next, int64_t from, int64_t to, T* sums,
                    const Ask& ask) const {
+    if (from == to) return;
     const int vectors = w.vectors(block);
     const int64_t width = vectors * Vec<T>::kWidth, depth = w.depth();
     // Tiles as even as can be: a remainder of one row would run at a fraction of the speed.
@@ -430,6 +433,14 @@ class Runner {
         first += rows;
       }
     }
+  }
+
+  // One past the last of rows [from, to) that a forward step needs the product for.
+  int64_t last_active(int64_t t, int64_t from, int64_t to) const {
+    if (layer_.flags == nullptr) return to;
+    const Marks marks(layer_, t, -1);
+    while (to > from && marks.ended(to - 1)) --to;
+    return to;
   }
 
   // Whether a forward step needs the product for any of these rows.
