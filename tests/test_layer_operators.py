@@ -84,8 +84,8 @@ def test_few_steps(monkeypatch, cell, steps, rows):
     inputs = layer(cell, steps=steps, rows=rows, hidden=33, size=40)
     outputs, grads = outcomes(cell, inputs, spec_of(cell))
     several = layer(cell, steps=steps, rows=rows, hidden=33, size=40)
-    whole = [t if t is None else torch.cat((t, t), 1) for t in (several.x, several.h0, several.c0)]
-    wide = several._replace(x=whole[0], h0=whole[1], c0=whole[2])
+    both = [t if t is None else torch.cat((t, t), 1) for t in (several.x, several.h0, several.c0)]
+    wide = several._replace(x=both[0], h0=both[1], c0=both[2])
     wide = LayerInputs(*(None if t is None else t.detach().requires_grad_() for t in wide))
     twice = whole.run(spec_of(cell), wide, cells=False)
     for half in twice[0].split(rows, 1):
@@ -107,6 +107,20 @@ def test_projected_by_the_scan(monkeypatch, cell, threads, size, rows, hidden):
     in_parts(monkeypatch)
     expected = outcomes(cell, inputs, spec_of(cell))
     for a, b in zip(found[0], expected[0], strict=True):
+        assert torch.equal(a, b)
+
+
+@cells
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("size", [1, 100, 512, 513])
+@pytest.mark.parametrize("rows, hidden", [(1, 17), (3, 300), (8, 530)])
+def test_projected_by_a_step(monkeypatch, cell, threads, size, rows, hidden):
+    """One step of few rows, whose weights nothing packs."""
+    torch.set_num_threads(threads)
+    inputs = layer(cell, steps=1, rows=rows, size=size, hidden=hidden)
+    found = outcomes(cell, inputs, spec_of(cell))
+    in_parts(monkeypatch)
+    for a, b in zip(found[0], outcomes(cell, inputs, spec_of(cell))[0], strict=True):
         assert torch.equal(a, b)
 
 

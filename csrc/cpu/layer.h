@@ -110,11 +110,13 @@ struct AnyForward {
  private:
   // Whether the scan is to project its input itself, step by step, which spares writing and reading
   // gates_x: where it has rows enough for whole tiles, and both weights stay in the second-level
-  // cache or are asked for while there is much to multiply.
+  // cache or are asked for while there is much to multiply; and where no weights are packed, which
+  // spares the threads a meeting.
   bool projects_itself(int64_t width, DType acc) const {
     if (input.size == 0 || input.size > kMaxInput) return false;
-    if (layer.steps * layer.batch <= kDirectRows) return false;
     if (input.x.dtype != acc || input.w_ih.dtype != acc) return false;
+    if (layer.steps == 1 && layer.batch <= kDirectRows) return true;
+    if (layer.steps * layer.batch <= kDirectRows) return false;
     const int64_t threads = thread_count(), stack = layer.stack;
     const int64_t rows = layer.batch / (threads > stack ? threads / stack : 1);
     const int64_t bytes = width * (layer.out + input.size) * size_of(acc);

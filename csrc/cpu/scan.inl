@@ -225,10 +225,11 @@ class Runner {
   }
 
   bool usable_unpacked() const {
+    const auto usable = [](const Weights& w)
+                            FN_LAMBDA { return w.depth == 0 || w.unit == 1 || w.column == 1; };
     for (int p = 0; p < scan_.phases; ++p) {
-      const Weights& w = scan_.phase[p].recurrent.weights;
-      if (w.unit != 1 && w.column != 1) return false;
-      if (scan_.phase[p].projection.depth() > 0) return false;
+      const Phase<T>& phase = scan_.phase[p];
+      if (!usable(phase.recurrent.weights) || !usable(phase.projection.weights)) return false;
     }
     return true;
   }
@@ -362,9 +363,14 @@ class Runner {
     if constexpr (!Scan::kBackward) {
       multiplied = last_active(t, from, to);
       projects = w_ih.depth() > 0;
-      if (projects) {
+      if (projects && direct_) {
+        direct_product<T>(static_cast<int>(to - from), w_ih.weights, s * w_ih.entry, w_ih.blocks,
+                          block, scan_.input_row(t, from), scan_.input.x.row, projected);
+      } else if (projects) {
         multiply(w_ih, share.asks, t, s, block, scan_.input_row(t, from), scan_.input.x.row, own,
                  from, multiplied, projected, [](int64_t, int64_t) FN_LAMBDA {});
+      }
+      if (projects) {
         scan_.add_bias(s, u, units, to - from, projected);
       }
     }
