@@ -114,11 +114,15 @@ def needs_gradient(inputs: LayerInputs) -> bool:
 
 
 @contextlib.contextmanager
-def _no_chunk_warning(x: Tensor):
-    """Silence about weights that do not lie one after another in memory, as cuDNN has them: a
-    layer's alone do not, and cuDNN's path copies them, a copy for a whole sequence."""
+def _no_chunk_warning(x: Tensor, weights: list[Tensor]):
+    """Silence about weights that do not lie one after another in memory, as cuDNN has them: those
+    of one layer of several and those in bfloat16 do not, and cuDNN's path copies them, a copy for a
+    whole sequence."""
     if x.device.type != "cuda" or torch.compiler.is_compiling():
         yield
+        return
+    if weights[0].untyped_storage().nbytes() == sum(w.nbytes for w in weights):
+        yield  # they are all there is, as a module's are; looking costs less than silence
         return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="RNN module weights are not part of single")
@@ -133,8 +137,7 @@ def _torch_layer(cell: str, inputs: LayerInputs, stack: int, relu: bool):
         entry = [w[s] for s in range(stack) for w in entry]
     bias = inputs.b_ih is not None
     states = (inputs.h0,) if inputs.c0 is None else (inputs.h0, inputs.c0)
-    with _no_chunk_warning(inputs.x):
-        y, h_n, *c_n = call_library(cell, inputs.x, states, entry, bias, 1, stack == 2, relu)
+    y, h_n, *c_n = call_library(cell, inputs.x, states, entry, bias, 1, stack == 2, relu)
     return y, h_n, (c_n[0] if c_n else None), None
 
 
@@ -142,10 +145,11 @@ def call_library(cell: str, x: Tensor, states, weights, bias: bool, layers: int,
     """torch.nn's own path for so many layers, weights in its order: (y, h_n), of the LSTM c_n."""
     common = (weights, bias, layers, 0.0, torch.is_grad_enabled(), both, False)
     x, states = x.contiguous(), tuple(state.contiguous() for state in states)
-    if cell == "lstm":
-        return torch._VF.lstm(x, states, *common)
-    path = {"gru": torch._VF.gru, "rnn": torch._VF.rnn_relu if relu else torch._VF.rnn_tanh}
-    return path[cell](x, states[0], *common)
+    with _no_chunk_warning(x, weights):
+        if cell == "lstm":
+            return torch._VF.lstm(x, states, *common)
+        path = {"gru": torch._VF.gru, "rnn": torch._VF.rnn_relu if relu else torch._VF.rnn_tanh}
+        return path[cell](x, states[0], *common)
 
 
 def run_layer(
