@@ -187,7 +187,7 @@ class OursProvider:
             return f"auto:{said.splitlines()[0].rpartition(': ')[2].split()[0]}"
         with _choices() as names:
             runner.results()
-        # (None where the whole model was one operator, which the CPU alone has.)
+        # (None where nobody had to choose: a plain call on a CPU.)
         return f"auto:{'+'.join(dict.fromkeys(names or ['cpu']))}"
 
     def refuses(self, error):

@@ -41,6 +41,7 @@ class Request(NamedTuple):
     steps: int | None = None  # None: many
     layers: int = 1
     training: bool = False  # a gradient is wanted
+    waves: bool = False  # the layers may run side by side (wavefront.py)
 
 
 def rounded(steps: int) -> int:
@@ -159,9 +160,10 @@ def _torch_is_faster(request: Request, device, shape: plan.Shape, planner) -> st
     step = tuple(planner.chosen(device, way).total for way in ways)
     steps, layers, training = request.steps, request.layers, request.training
     ours = cudnn.our_call_us(step, steps, layers, training)
-    if planner is cuda_planning and steps is not None and shape.S == 1:
-        wave = cuda_planning.wave(device, shape, layers, steps)
-        ours *= min(1.0, wave.total / wave.alone) if wave else 1.0
+    if request.waves and planner is cuda_planning and steps is not None:
+        if cuda_planning.wave_chunk(device, shape, layers, steps) is not None:
+            wave = cuda_planning.wave(device, shape, layers, steps)
+            ours *= wave.total / wave.alone
     if ours <= cudnn.CAUTION * cudnn.call_us(device, shape, steps, layers, training):
         return None
     length = "" if steps is None else f"T = {steps}, "

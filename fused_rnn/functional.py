@@ -121,7 +121,8 @@ def _no_chunk_warning(x: Tensor, weights: list[Tensor]):
     if x.device.type != "cuda" or torch.compiler.is_compiling():
         yield
         return
-    if weights[0].untyped_storage().nbytes() == sum(w.nbytes for w in weights):
+    plain = not observers.transformed() and all(type(w) in observers.PLAIN for w in weights)
+    if plain and weights[0].untyped_storage().nbytes() == sum(w.nbytes for w in weights):
         yield  # they are all there is, as a module's are; looking costs less than silence
         return
     with warnings.catch_warnings():
@@ -189,6 +190,8 @@ def _sizes(inputs: LayerInputs):
     proj = 0 if inputs.w_hr is None else inputs.w_hr.shape[-2]
     hidden = inputs.w_hh.shape[-1] if inputs.w_hr is None else inputs.w_hr.shape[-1]
     rows, steps = inputs.h0.shape[1], inputs.x.shape[0]
+    if type(steps) is not int:  # traced
+        return ()
     training = needs_gradient(inputs)
     return inputs.x.device.index, rows, hidden, proj, backends.rounded(steps), 1, training
 

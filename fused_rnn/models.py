@@ -64,7 +64,7 @@ def train(
     kept."""
     dtype, directions = x.dtype, 2 if both else 1
     each, given = (4 if bias else 2) * directions, (*weights, *(hx or ()))
-    if not _alike(dtype, given) or not any(t.requires_grad for t in (x, *given)):
+    if not _alike(dtype, given):
         return None
     spec = LayerSpec(cell, "cpu", (False, True)[:directions], relu=relu)
     if hx is None:  # nothing writes to it, so one may be both
@@ -90,12 +90,24 @@ def train(
     return x, tuple(s if s.dtype is dtype else s.to(dtype) for s in states)
 
 
+def _model_request(
+    cell: str, kind: str, dtype, x: Tensor, layers: int, directions: int, hidden, proj, waves: bool
+) -> backends.Request:
+    """What decides the backend of a whole model on x [T, B, I]. No weight is read: what may have a
+    gradient is taken to have one."""
+    request = backends.Request(cell, kind, dtype, (False, True)[:directions])
+    if kind != "cuda":
+        return request
+    steps, rows, _ = x.shape
+    sizes = (x.device.index, rows, hidden, proj, backends.rounded(steps), layers)
+    return backends.Request(*request[:8], *sizes, torch.is_grad_enabled(), waves)
+
+
 def library_takes(
-    cell: str, x: Tensor, layers: int, directions: int, hidden: int, proj: int
+    cell: str, x: Tensor, layers: int, directions: int, hidden: int, proj: int, waves: bool
 ) -> bool:
     """Whether a model on x [T, B, I], without flags or dropout, is to go to torch.nn's own path as
-    a whole, for which a GPU's weights lie as it wants them. Decided from sizes: no weight is read,
-    and what may have a gradient is taken to have one."""
+    a whole, for which a GPU's weights lie as it wants them; waves: ``wave_chunk`` will be asked."""
     kind = x.device.type
     if torch.compiler.is_compiling() or observers.transformed() or kind not in ("cpu", "cuda"):
         return False
@@ -103,12 +115,8 @@ def library_takes(
         return False
     if not x.shape[1]:
         return False
-    sizes = (x.device.index, x.shape[1], hidden, proj, backends.rounded(x.shape[0]), layers)
-    reverse = (False, True)[:directions]
-    request = backends.Request(
-        cell, kind, x.dtype, reverse, False, False, True, False, *(sizes if kind == "cuda" else ())
-    )
-    return backends.choose(request._replace(training=torch.is_grad_enabled())) == "torch"
+    sizes = (layers, directions, hidden, proj, waves)
+    return backends.choose(_model_request(cell, kind, x.dtype, x, *sizes)) == "torch"
 
 
 def run_library(
@@ -122,21 +130,16 @@ def run_library(
     hidden: int,
     proj: int,
     relu: bool,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """A model by torch.nn's own path: y and the final states, shapes as ``infer``'s."""
+) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+    """A model by torch.nn's own path: y and the final states, shapes as ``infer``'s; None where the
+    tensors are not all of one dtype on one device, which is said elsewhere."""
     if hx is None:
         entries, rows = layers * directions, x.shape[1]
         hx = (x.new_zeros((entries, rows, proj or hidden)),)
         if cell == "lstm":
             hx = (*hx, x.new_zeros((entries, rows, hidden)) if proj else hx[0])
-    for name, tensors in (("parameter", weights), ("hidden", hx)):
-        for t in tensors:
-            if t.device != x.device or t.dtype != x.dtype:
-                raise RuntimeError(
-                    f"Input and {name} tensors are not at the same device and dtype, found input"
-                    f" tensor at {x.device} in {x.dtype} and {name} tensor at {t.device} in"
-                    f" {t.dtype}"
-                )
+    if any(t.device != x.device or t.dtype != x.dtype for t in (*weights, *hx)):
+        return None
     options = (bias, layers, directions == 2, relu)
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *hx, *weights))
     if not wanted or backends.current_backend() == "torch":
@@ -185,8 +188,7 @@ def wave_chunk(cell: str, x: Tensor, layers: int, hidden: int) -> int | None:
     if type(steps) is not int or type(rows) is not int or not rows or not hidden:
         return None
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    sizes = () if kind == "cpu" else (x.device.index, rows, hidden)
-    request = backends.Request(cell, kind, dtype, (False,), False, False, True, False, *sizes)
+    request = _model_request(cell, kind, dtype, x, layers, 1, hidden, 0, True)
     if dtype not in ACC_DTYPE or backends.choose(request) != "cuda":
         return None
     from fused_rnn.cuda.operators import wave_chunk

@@ -69,7 +69,12 @@ class _FusedRNNBase(torch.nn.RNNBase):
         if not models.is_plain(x):
             directions = 2 if self.bidirectional else 1
             sizes = (self.num_layers, directions, self.hidden_size, self.proj_size)
-            if dropout or flags is not None or not models.library_takes(self._cell, x, *sizes):
+            waves = self.tape == "keep" and directions == 1 and not self.proj_size
+            if (
+                dropout
+                or flags is not None
+                or not models.library_takes(self._cell, x, *sizes, waves)
+            ):
                 return None
             options = (self.bias, *sizes, self.mode == "RNN_RELU")
             return models.run_library(self._cell, x, hx, self._weights(), *options)
@@ -79,9 +84,11 @@ class _FusedRNNBase(torch.nn.RNNBase):
         if grad and self.tape != "keep" and self._cell != "rnn":
             return None
         weights, relu = self._weights(), self.mode == "RNN_RELU"
-        if grad:
+        if grad and any(t.requires_grad for t in (x, *weights, *(hx or ()))):
             options = (self.bias, self.bidirectional, relu, dropout)
             return models.train(self._cell, x, hx, weights, *options)
+        if dropout:
+            return None
         options = (self.bias, self.proj_size > 0, self.bidirectional, relu)
         return models.infer(self._cell, x, hx, weights, flags, *options)
 
@@ -101,15 +108,16 @@ class _FusedRNNBase(torch.nn.RNNBase):
         dropout = self.dropout if self.training else 0.0
         return models.run_wave(self._cell, x, layers, chunk, dropout, self.mode == "RNN_RELU")
 
-    def _scan_layers(self, x, hx, flags, ragged: bool, packing, return_cells: bool):
-        """Every layer on x [T, B, I] with hx a tuple of states [L*D, B, ...] or None.
+    def _scan_layers(self, x, hx, flags, ragged: bool, packing, return_cells: bool, asked=False):
+        """Every layer on x [T, B, I] with hx a tuple of states [L*D, B, ...] or None. asked:
+        ``_run_model`` has refused them already.
 
         Returns y [T, B, D*P], the final states [L*D, B, ...] and the layers' cells [T, B, D*H].
         """
         if x.shape[0] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         directions = 2 if self.bidirectional else 1
-        if not return_cells:
+        if not return_cells and not asked:
             found = self._run_model(x, hx, flags)
             if found is not None:
                 return *found, ()
@@ -153,9 +161,10 @@ class _FusedRNNBase(torch.nn.RNNBase):
 
     def _run(self, input, hx, lengths, reset, return_cells: bool = False):
         """forward() of the three modules; hx is a tuple of states or None, and so it returns."""
+        found = None
         if lengths is None and reset is None and not return_cells and type(input) is Tensor:
             found = self._run_plain(input, hx)  # single steps are made of little else than checks
-            if found is not None:
+            if found:
                 return *found, ()
         if isinstance(input, PackedSequence):
             return self._run_packed(input, hx, lengths, reset, return_cells)
@@ -187,7 +196,8 @@ class _FusedRNNBase(torch.nn.RNNBase):
                 check_reset(reset, tuple(input.shape[:2]), layout)
                 reset = reset.t() if self.batch_first else reset
             flags = make_flags(steps, x.device, lengths, reset)
-        y, finals, cells = self._scan_layers(x, hx, flags, lengths is not None, None, return_cells)
+        options = (lengths is not None, None, return_cells, found is False)
+        y, finals, cells = self._scan_layers(x, hx, flags, *options)
         if self.batch_first:
             y, cells = y.transpose(0, 1), tuple(c.transpose(0, 1) for c in cells)
         if not batched:
@@ -196,8 +206,8 @@ class _FusedRNNBase(torch.nn.RNNBase):
         return y, finals, cells
 
     def _run_plain(self, input: Tensor, hx):
-        """A batch without lengths or reset by ``_run_model``; None where that cannot be, or where
-        an argument is wrong, which is then said elsewhere."""
+        """A batch without lengths or reset by ``_run_model``; False where that cannot be, None
+        where an argument may be wrong, which is then said elsewhere."""
         if torch.compiler.is_compiling() or input.dim() != 3 or input.shape[2] != self.input_size:
             return None
         x = input.transpose(0, 1) if self.batch_first else input
@@ -213,7 +223,7 @@ class _FusedRNNBase(torch.nn.RNNBase):
         found = self._run_model(x, hx, None)
         if found is not None and self.batch_first:
             return found[0].transpose(0, 1), found[1]
-        return found
+        return found or False
 
     def _run_packed(self, packed, hx, lengths, reset, return_cells: bool):
         if lengths is not None:

@@ -10,6 +10,7 @@ from fused_rnn.autograd import (
     LayerSpec,
     ScanBackward,
     as_wanted,
+    backward,
     scan_function,
     vjp,
 )
@@ -58,11 +59,14 @@ class WholeLayer(torch.autograd.Function):
         x, w_ih, w_hh, b_ih, b_hh, h0, c0 = inputs
         want = ctx.needs_input_grad[2:]
         lstm, gru = spec.cell == "lstm", spec.cell == "gru"
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not observers.unwatched():
             wanted = (*want[:5], False, *want[5:])
             grads = (dy, dh_n, dc_n, dcells) if lstm else (dy, dh_n)
             tape = (y, cells, gates) if lstm else (y, gates) if gru else (y,)
-            given = (*inputs[:5], None, *inputs[5:], None)
+            given = LayerInputs(*inputs[:5], None, *inputs[5:], None)
+            if not torch.is_grad_enabled():  # vmap over gradients, say
+                found = backward(spec, wanted, grads, given, tape)
+                return None, None, *found[:5], *found[6:8]
             found = iter(ScanBackward.apply(spec, wanted, *grads, *given, *tape))
             return None, None, *(next(found) if needed else None for needed in want)
         want_b = want[3] or want[4]

@@ -119,12 +119,15 @@ def test_a_whole_model(cell, options, state, prefers_torch, monkeypatch):
 
 
 def test_a_model_of_mixed_dtypes_is_refused(prefers_torch, monkeypatch):
+    """As torch.nn refuses it, or as a layer by itself does."""
     monkeypatch.setattr(models, "is_plain", lambda x: False)
     module, x = fused_rnn.GRU(3, 4, 2), torch.randn(2, 5, 3)
-    with pytest.raises(RuntimeError, match="hidden tensors are not at the same device and dtype"):
+    with pytest.raises(ValueError, match="RNN input dtype .* does not match weight dtype"):
+        module(x.double())
+    with pytest.raises(RuntimeError, match="one dtype: hx is torch.float64"):
         module(x, torch.zeros(2, 5, 4, dtype=torch.float64))
     module.weight_hh_l1.data = module.weight_hh_l1.data.double()
-    with pytest.raises(RuntimeError, match="parameter tensors are not at the same device and dt"):
+    with pytest.raises(RuntimeError, match="one dtype"):
         module(x)
 
 

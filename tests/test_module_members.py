@@ -62,7 +62,30 @@ def test_flat_weights_are_kept_in_sync(name):
 
 
 @names
-def test_flatten_parameters_does_nothing_and_never_warns(name):
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_weights_are_read_once(name, frozen, dropout):
+    """What computes a weight may be dear, or draw random numbers."""
+    reads = []
+
+    class Counting(nn.Module):
+        def forward(self, weight):
+            reads.append(1)
+            return weight
+
+    ours = getattr(fused_rnn, name)(3, 4, 2, dropout=dropout)
+    nn.utils.parametrize.register_parametrization(ours, "weight_hh_l1", Counting())
+    ours.requires_grad_(not frozen)
+    for grad in (True, False):
+        for given in ({}, {"lengths": torch.tensor([2, 1])}):
+            reads.clear()
+            with torch.set_grad_enabled(grad):
+                ours(torch.randn(2, 2, 3), **given)
+            assert len(reads) == 1 or (frozen and dropout and len(reads) == 2)
+
+
+@names
+def test_flatten_parameters_does_nothing_on_a_cpu_and_never_warns(name):
     ours, _ = f64_twins(name, num_layers=2)
     before = [p.data_ptr() for p in ours.parameters()]
     with warnings.catch_warnings(action="error"):

@@ -234,9 +234,9 @@ def test_the_automatic_choice_on_a_gpu(dtype, gpu, monkeypatch):
     """Ours where it is predicted to win, and for what torch.nn's path cannot do at any speed."""
 
     def choose(hidden, cell="lstm", **fields):
-        sizes = {"device_index": 0, "rows": 32, "hidden": hidden}
+        sizes = {"device_index": 0, "rows": 32, "hidden": hidden} | fields
         backends._choose_on_gpu.cache_clear()  # what is patched here, nothing else can change
-        return backends.choose(backends.Request(cell, "cuda", dtype, **sizes, **fields))
+        return backends.choose(backends.Request(cell, "cuda", dtype, **sizes))
 
     ours = "cuda" if gpu and dtype != torch.float64 else "triton"
     assert choose(1024, flags=True) == choose(1024, cells=True) == ours
@@ -254,6 +254,9 @@ def test_the_automatic_choice_on_a_gpu(dtype, gpu, monkeypatch):
     if dtype == torch.float16 and gpu:  # they have one launch too, and a call costs their host less
         assert choose(512, training=True) == choose(512, training=True, steps=512) == "cuda"
         assert choose(512, steps=8) == choose(512, training=True, steps=8, layers=2) == "torch"
+    if dtype == torch.float16 and gpu:  # layers side by side count where they can be
+        deep = {"rows": 16, "layers": 3, "steps": 1024}
+        assert choose(512, **deep) == "torch" and choose(512, waves=True, **deep) == "cuda"
     if dtype.itemsize == 2:
         assert choose(128, "gru", reset_after=False) == "triton"
     monkeypatch.setattr(cudnn, "call_us", lambda *_: 0.0)

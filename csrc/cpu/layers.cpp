@@ -79,7 +79,11 @@ class Model {
     if (flags_) {
       const auto* flags = static_cast<const uint8_t*>(flags_->const_data_ptr());
       const int64_t parts = std::max<int64_t>(1, thread_count() / directions_);
-      const RowOrder order(flags, steps_, batch_, rows(), parts);
+      // (Of the input's share of products only what a scan projects itself is spared.)
+      const double inputs = x_.size(2), outputs = directions_ * out_;
+      const double own = hidden_ + (io_ == acc_ && inputs <= kMaxInput ? inputs : 0);
+      const double products = rows() * own / (inputs + outputs);
+      const RowOrder order(flags, steps_, batch_, products, parts);
       if (order) {
         run_in(order, given.rows, y.mutable_data_ptr());
         return {y, h_n, c_n};

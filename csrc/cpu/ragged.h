@@ -15,8 +15,8 @@ namespace fused_rnn::cpu {
 // do not depend on its place.
 class RowOrder {
  public:
-  // width: of the gates, G*H.
-  RowOrder(const uint8_t* flags, int64_t steps, int64_t batch, int64_t width, int64_t parts)
+  // products: multiply-adds of a step of a row, for each number of its input and output.
+  RowOrder(const uint8_t* flags, int64_t steps, int64_t batch, double products, int64_t parts)
       : steps_(steps), batch_(batch) {
     std::vector<int64_t> lives(batch, 0), sorted(batch);
     for (int64_t t = 0; t < steps; ++t) {
@@ -24,7 +24,7 @@ class RowOrder {
     }
     const int64_t all = std::accumulate(lives.begin(), lives.end(), int64_t{0});
     const double ended = 1 - static_cast<double>(all) / (steps * batch);
-    if (batch < 2 || ended * width < kWorthwhile) return;
+    if (batch < 2 || ended * products < kWorthwhile) return;
     std::iota(sorted.begin(), sorted.end(), 0);
     std::stable_sort(sorted.begin(), sorted.end(),
                      [&](int64_t a, int64_t b) { return lives[a] > lives[b]; });
@@ -87,8 +87,7 @@ class RowOrder {
   }
 
  private:
-  // A step that is spared a row is 2 (I + H) operations for each of so many gates, and a row there
-  // and back 2 (I + H) numbers.
+  // Multiply-adds spared for a number that is copied there or back.
   static constexpr double kWorthwhile = 100;
   static constexpr int64_t kRowsOfPart = 6;  // fewer, and threads share out units, not rows
 

@@ -371,7 +371,7 @@ class Runner {
                  from, multiplied, projected, [](int64_t, int64_t) FN_LAMBDA {});
       }
       if (projects) {
-        scan_.add_bias(s, u, units, to - from, projected);
+        scan_.add_bias(s, u, units, (direct_ ? to : multiplied) - from, projected);
       }
     }
     if (Scan::kBackward && p == 0 && i == 0) {
