@@ -21,9 +21,8 @@ SMALL = {
     (torch.float32, "lstm"): ((0.52, 0.8), (2.32, 4.1), (0.005, 0.02)),
     (torch.float32, "gru"): ((0.55, 1.5), (0.99, 2.26), (0.005, 0.045)),
 }
-# A step of two launches, and of what the backward has besides.
-LAUNCHED, LAUNCHED_BOTH = 4.4, {torch.float16: 10.0, torch.bfloat16: 10.0}
-LAUNCHED_BOTH_FLOAT32 = 20.0
+# A step of two launches, and with what the backward has besides, in 16 bits and in more.
+LAUNCHED, LAUNCHED_BOTH, LAUNCHED_BOTH_WIDE = 4.4, 10.0, 20.0
 # Microseconds of the host, inference and training: for a call of torch.nn's path (in training with
 # what makes it differentiable twice), for a layer of ours, and for each of cuDNN's launches. Of
 # hosts that launch fast and slowly these are between: 0.6 of what a virtual machine took.
@@ -66,7 +65,7 @@ def step_us(device: Device, shape: Shape) -> tuple[float, float, bool]:
     )
     peak = device.multiprocessors * device.clock * 2e3 * rate  # operations a us
     work = max(weights / device.l2 * 1e-3, 2 * products / peak)
-    both = LAUNCHED_BOTH.get(shape.dtype, LAUNCHED_BOTH_FLOAT32)
+    both = LAUNCHED_BOTH if shape.itemsize == 2 else LAUNCHED_BOTH_WIDE
     return (LAUNCHED + work) * shape.S, (both + 3 * work) * shape.S, True
 
 

@@ -57,28 +57,37 @@ def _alike(dtype: torch.dtype, tensors) -> bool:
     return True
 
 
+def zero_states(cell: str, x: Tensor, entries: int, hidden: int, proj: int = 0):
+    """The states a call starts with where it is given none: h0 [entries, B, P], c0 of the LSTM."""
+    h0 = x.new_zeros((entries, x.shape[1], proj or hidden))
+    if cell != "lstm":
+        return (h0,)
+    # Nothing writes to them, so one may be both; not for Dynamo.
+    same = not proj and not torch.compiler.is_compiling()
+    return h0, h0 if same else x.new_zeros((entries, x.shape[1], hidden))
+
+
 def train(
     cell: str, x: Tensor, hx, weights: list[Tensor], bias: bool, both: bool, relu: bool, dropout
 ):
-    """``infer`` for a model of which something wants a gradient: no flags, no projection, tape
-    kept."""
+    """``infer`` for a model of which something wants a gradient, or that has dropout: no flags, no
+    projection, tape kept."""
     dtype, directions = x.dtype, 2 if both else 1
     each, given = (4 if bias else 2) * directions, (*weights, *(hx or ()))
     if not _alike(dtype, given):
         return None
     spec = LayerSpec(cell, "cpu", (False, True)[:directions], relu=relu)
-    if hx is None:  # nothing writes to it, so one may be both
-        h0 = c0 = x.new_zeros((directions, x.shape[1], weights[1].shape[1]))
-        c0 = c0 if cell == "lstm" else None
+    zeros = zero_states(cell, x, directions, weights[1].shape[1]) if hx is None else None
     finals = []
     for first in range(0, len(weights), each):
         own = weights[first : first + each]
         if both:
             own = [torch.stack(pair) for pair in zip(own[: each // 2], own[each // 2 :])]
-        if hx is not None:
-            at = len(finals) * directions
-            states = hx if len(hx[0]) == directions else [s[at : at + directions] for s in hx]
-            h0, c0 = states if len(states) == 2 else (states[0], None)
+        at = len(finals) * directions
+        states = zeros or (
+            hx if len(hx[0]) == directions else [s[at : at + directions] for s in hx]
+        )
+        h0, c0 = states if len(states) == 2 else (states[0], None)
         if first and dropout:
             x = torch.nn.functional.dropout(x, dropout)
         x, *final = WholeLayer.apply(spec, False, x, *(own if bias else (*own, None, None)), h0, c0)
@@ -133,11 +142,7 @@ def run_library(
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
     """A model by torch.nn's own path: y and the final states, shapes as ``infer``'s; None where the
     tensors are not all of one dtype on one device, which is said elsewhere."""
-    if hx is None:
-        entries, rows = layers * directions, x.shape[1]
-        hx = (x.new_zeros((entries, rows, proj or hidden)),)
-        if cell == "lstm":
-            hx = (*hx, x.new_zeros((entries, rows, hidden)) if proj else hx[0])
+    hx = hx or zero_states(cell, x, layers * directions, hidden, proj)
     if any(t.device != x.device or t.dtype != x.dtype for t in (*weights, *hx)):
         return None
     options = (bias, layers, directions == 2, relu)

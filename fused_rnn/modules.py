@@ -84,11 +84,9 @@ class _FusedRNNBase(torch.nn.RNNBase):
         if grad and self.tape != "keep" and self._cell != "rnn":
             return None
         weights, relu = self._weights(), self.mode == "RNN_RELU"
-        if grad and any(t.requires_grad for t in (x, *weights, *(hx or ()))):
+        if dropout or (grad and any(t.requires_grad for t in (x, *weights, *(hx or ())))):
             options = (self.bias, self.bidirectional, relu, dropout)
             return models.train(self._cell, x, hx, weights, *options)
-        if dropout:
-            return None
         options = (self.bias, self.proj_size > 0, self.bidirectional, relu)
         return models.infer(self._cell, x, hx, weights, flags, *options)
 
@@ -123,11 +121,8 @@ class _FusedRNNBase(torch.nn.RNNBase):
                 return *found, ()
         reverse = (False, True)[:directions]
         if hx is None:
-            zeros = (x.new_zeros((directions, x.shape[1], self.proj_size or self.hidden_size)),)
-            if self._cell == "lstm":  # nothing writes to them, so one may be both; not for Dynamo
-                same = not self.proj_size and not torch.compiler.is_compiling()
-                c0 = (directions, x.shape[1], self.hidden_size)
-                zeros = (*zeros, zeros[0] if same else x.new_zeros(c0))
+            sizes = (directions, self.hidden_size, self.proj_size)
+            zeros = models.zero_states(self._cell, x, *sizes)
         if self.num_layers > 1 and directions == 1 and self.tape == "keep":
             plain = flags is None and packing is None and not return_cells and not self.proj_size
             sizes = (self.num_layers, self.hidden_size)

@@ -98,29 +98,19 @@ def test_few_steps(monkeypatch, cell, steps, rows):
 @cells
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("size", [1, 100, 512, 513])  # 512: the most a scan projects itself
-@pytest.mark.parametrize("rows, hidden", [(13, 17), (100, 64), (40, 530)])
-def test_projected_by_the_scan(monkeypatch, cell, threads, size, rows, hidden):
-    """Rows enough for the scan to project its input itself: the bits of a product before it."""
+@pytest.mark.parametrize(
+    "steps, rows, hidden",
+    [(3, 13, 17), (3, 100, 64), (3, 40, 530), (1, 1, 17), (1, 3, 300), (1, 8, 530)],
+)
+def test_projected_by_the_scan(monkeypatch, cell, threads, size, steps, rows, hidden):
+    """Rows enough for the scan to project its input itself, or one step of so few that nothing
+    packs the weights: the bits of a product before it."""
     torch.set_num_threads(threads)
-    inputs = layer(cell, steps=3, rows=rows, size=size, hidden=hidden)
+    inputs = layer(cell, steps=steps, rows=rows, size=size, hidden=hidden)
     found = outcomes(cell, inputs, spec_of(cell))
     in_parts(monkeypatch)
     expected = outcomes(cell, inputs, spec_of(cell))
     for a, b in zip(found[0], expected[0], strict=True):
-        assert torch.equal(a, b)
-
-
-@cells
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("size", [1, 100, 512, 513])
-@pytest.mark.parametrize("rows, hidden", [(1, 17), (3, 300), (8, 530)])
-def test_projected_by_a_step(monkeypatch, cell, threads, size, rows, hidden):
-    """One step of few rows, whose weights nothing packs."""
-    torch.set_num_threads(threads)
-    inputs = layer(cell, steps=1, rows=rows, size=size, hidden=hidden)
-    found = outcomes(cell, inputs, spec_of(cell))
-    in_parts(monkeypatch)
-    for a, b in zip(found[0], outcomes(cell, inputs, spec_of(cell))[0], strict=True):
         assert torch.equal(a, b)
 
 

@@ -254,7 +254,7 @@ def test_the_automatic_choice_on_a_gpu(dtype, gpu, monkeypatch):
     if dtype == torch.float16 and gpu:  # they have one launch too, and a call costs their host less
         assert choose(512, training=True) == choose(512, training=True, steps=512) == "cuda"
         assert choose(512, steps=8) == choose(512, training=True, steps=8, layers=2) == "torch"
-    if dtype == torch.float16 and gpu:  # layers side by side count where they can be
+        # Layers side by side count where they can be.
         deep = {"rows": 16, "layers": 3, "steps": 1024}
         assert choose(512, **deep) == "torch" and choose(512, waves=True, **deep) == "cuda"
     if dtype.itemsize == 2:
