@@ -118,10 +118,11 @@ struct GruBackwardScan : BackwardScan<T, kPlain> {
   State<T> dn;  // reset before: [S, B, H], the operand of d(r * h)
 
   // The operand of the recurrence is (dr, dz, dhn), or (dr, dz) for reset before.
-  GruBackwardScan(Workspace<T>& memory, const GruBackward& q)
-      : Base(memory, q.layer, (q.reset_after ? 3 : 2) * q.layer.hidden, q.dy, q.dh_n, q.dh0), p(q) {
+  GruBackwardScan(Workspace<T>& memory, const GruBackward& q, const Gradients<T>* own)
+      : Base(memory, q.layer, (q.reset_after ? 3 : 2) * q.layer.hidden, q.dy, q.dh_n, q.dh0, own),
+        p(q) {
     const int64_t hidden = layer.hidden, row = p.w_hh.row;
-    this->past = goes_past<T>(layer, 4);
+    this->past = own == nullptr && goes_past<T>(layer, 4);
     const Panels<T> w(memory, layer, p.w_hh, 0, 1, hidden, (p.reset_after ? 3 : 2) * hidden, 0, 1,
                       row);
     this->phase[0] = Phase<T>{w, {}, this->operand, true};
@@ -155,8 +156,8 @@ struct GruBackwardScan : BackwardScan<T, kPlain> {
     const auto marks = this->template marks<M>(at);
     const Reaching reaching(*this, at);
     const typename Base::template Entering<M> h_prev(*this, p.y, p.h0, at);
-    const Lines tape(p.gates, at.t, at.s), dgates(p.dgates, at.t, at.s);
-    const Lines dgates_hn(p.dgates_hn, at.t, at.s);
+    const Lines tape(p.gates, at.t, at.s), dgates = this->leaving(p.dgates, at);
+    const Lines dgates_hn = this->leaving(p.dgates_hn, at, true);
     T* operand = this->next_operand(at);
     span.each<T>(size, 1, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
       const bool over = marks.ended(b), cut = !over && marks.starts(b);
@@ -238,10 +239,12 @@ void run_gru_forward(const GruForward& p, const Input& input) {
   run_scan<T>(GruForwardScan<T, false>(memory, p, input));
 }
 template <class T>
-void run_gru_backward(const GruBackward& p) {
+void run_gru_backward(const GruBackward& p, const LayerGradients& own) {
   Workspace<T> memory;
+  const Gradients<T> made(memory, p.layer, own, 3, true);
+  const Gradients<T>* gradients = own.chunks > 0 ? &made : nullptr;
   if (all_plain<T>(p.dy, p.dh_n, p.h0, p.y, p.gates, p.dgates, p.dgates_hn, p.dh0)) {
-    return run_scan<T>(GruBackwardScan<T, true>(memory, p));
+    return run_scan<T>(GruBackwardScan<T, true>(memory, p, gradients));
   }
-  run_scan<T>(GruBackwardScan<T, false>(memory, p));
+  run_scan<T>(GruBackwardScan<T, false>(memory, p, gradients));
 }

@@ -18,6 +18,7 @@ namespace {
 #include "rows.inl"
 #include "gemm.inl"
 #include "scan.inl"
+#include "gradients.inl"
 #include "scan_base.inl"
 #include "lstm.inl"
 #include "gru.inl"
@@ -28,9 +29,9 @@ namespace {
 #define FUSED_RNN_BY_DTYPE(run, Params) \
   [](const Params& p, DType dtype) { dtype == DType::kFloat64 ? run<double>(p) : run<float>(p); }
 
-#define FUSED_RNN_FORWARD_BY_DTYPE(run, Params)                              \
-  [](const Params& p, const Input& input, DType dtype) {                     \
-    dtype == DType::kFloat64 ? run<double>(p, input) : run<float>(p, input); \
+#define FUSED_RNN_SCAN_BY_DTYPE(run, Params, Own)                        \
+  [](const Params& p, const Own& own, DType dtype) {                     \
+    dtype == DType::kFloat64 ? run<double>(p, own) : run<float>(p, own); \
   }
 
 }  // namespace
@@ -38,12 +39,12 @@ namespace {
 
 extern const Kernels FUSED_RNN_TABLE;
 const Kernels FUSED_RNN_TABLE = {
-    FUSED_RNN_FORWARD_BY_DTYPE(FUSED_RNN_ISA::run_lstm_forward, LstmForward),
-    FUSED_RNN_BY_DTYPE(FUSED_RNN_ISA::run_lstm_backward, LstmBackward),
-    FUSED_RNN_FORWARD_BY_DTYPE(FUSED_RNN_ISA::run_gru_forward, GruForward),
-    FUSED_RNN_BY_DTYPE(FUSED_RNN_ISA::run_gru_backward, GruBackward),
-    FUSED_RNN_FORWARD_BY_DTYPE(FUSED_RNN_ISA::run_rnn_forward, RnnForward),
-    FUSED_RNN_BY_DTYPE(FUSED_RNN_ISA::run_rnn_backward, RnnBackward),
+    FUSED_RNN_SCAN_BY_DTYPE(FUSED_RNN_ISA::run_lstm_forward, LstmForward, Input),
+    FUSED_RNN_SCAN_BY_DTYPE(FUSED_RNN_ISA::run_lstm_backward, LstmBackward, LayerGradients),
+    FUSED_RNN_SCAN_BY_DTYPE(FUSED_RNN_ISA::run_gru_forward, GruForward, Input),
+    FUSED_RNN_SCAN_BY_DTYPE(FUSED_RNN_ISA::run_gru_backward, GruBackward, LayerGradients),
+    FUSED_RNN_SCAN_BY_DTYPE(FUSED_RNN_ISA::run_rnn_forward, RnnForward, Input),
+    FUSED_RNN_SCAN_BY_DTYPE(FUSED_RNN_ISA::run_rnn_backward, RnnBackward, LayerGradients),
     FUSED_RNN_BY_DTYPE(FUSED_RNN_ISA::run_matmul, Matmul),
     FUSED_RNN_BY_DTYPE(FUSED_RNN_ISA::run_column_sums, ColumnSums),
 };

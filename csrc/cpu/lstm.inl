@@ -99,13 +99,13 @@ struct LstmBackwardScan : BackwardScan<T, kPlain> {
   bool projected;
   State<T> dc, dh;  // [S, B, H] what reaches c; [S, B, P] of the projected state, the operand of dm
 
-  LstmBackwardScan(Workspace<T>& memory, const LstmBackward& q)
-      : Base(memory, q.layer, 4 * q.layer.hidden, q.dy, q.dh_n, q.dh0),
+  LstmBackwardScan(Workspace<T>& memory, const LstmBackward& q, const Gradients<T>* own)
+      : Base(memory, q.layer, 4 * q.layer.hidden, q.dy, q.dh_n, q.dh0, own),
         p(q),
         projected(q.w_hr.data != nullptr),
         dc(memory, q.layer, q.layer.hidden, false) {
     const int64_t hidden = layer.hidden, out = layer.out;
-    this->past = goes_past<T>(layer, 4);
+    this->past = own == nullptr && goes_past<T>(layer, 4);
     const Panels<T> w(memory, layer, p.w_hh, 0, 1, out, 4 * hidden, 0, 1, p.w_hh.row);
     this->phase[0] = Phase<T>{w, {}, this->operand, true};
     if (projected) {
@@ -169,7 +169,7 @@ struct LstmBackwardScan : BackwardScan<T, kPlain> {
     const V zero(T(0));
     const auto marks = this->template marks<M>(at);
     const Lines tape(p.gates, at.t, at.s), cells(p.cells, at.t, at.s);
-    const Lines dcells(p.dcells, at.t, at.s), dgates(p.dgates, at.t, at.s);
+    const Lines dcells(p.dcells, at.t, at.s), dgates = this->leaving(p.dgates, at);
     const typename Base::template Entering<M> entering(*this, p.cells, p.c0, at);
     T *carried = dc.row(at.s, 0), *operand = this->next_operand(at);
     span.each<T>(size, 1, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
@@ -204,11 +204,13 @@ void run_lstm_forward(const LstmForward& p, const Input& input) {
   run_scan<T>(LstmForwardScan<T, false>(memory, p, input));
 }
 template <class T>
-void run_lstm_backward(const LstmBackward& p) {
+void run_lstm_backward(const LstmBackward& p, const LayerGradients& own) {
   Workspace<T> memory;
+  const Gradients<T> made(memory, p.layer, own, 4, false);
+  const Gradients<T>* gradients = own.chunks > 0 ? &made : nullptr;
   if (all_plain<T>(p.dy, p.dh_n, p.dc_n, p.dcells, p.c0, p.cells, p.gates, p.dgates, p.dh0, p.dc0,
                    p.dh)) {
-    return run_scan<T>(LstmBackwardScan<T, true>(memory, p));
+    return run_scan<T>(LstmBackwardScan<T, true>(memory, p, gradients));
   }
-  run_scan<T>(LstmBackwardScan<T, false>(memory, p));
+  run_scan<T>(LstmBackwardScan<T, false>(memory, p, gradients));
 }

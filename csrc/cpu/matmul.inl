@@ -216,7 +216,7 @@ class Product {
     const int which = right_of(block), vectors = vectors_of(block);
     const Right& r = p_.right[which];
     const int64_t u = blocks_[which].first_unit(own_block(block)), l = r.l;
-    const bool adds = c.at > 0, done = c.at + c.depth == p_.k && r.bias.data != nullptr;
+    const bool adds = r.adds || c.at > 0, done = c.at + c.depth == p_.k && r.bias.data != nullptr;
     T* out = static_cast<T*>(r.out) + (c.n * p_.m + first) * l + u;
     for (int m = 0; m < rows; ++m) {
       for (int v = 0; v < vectors; ++v) {

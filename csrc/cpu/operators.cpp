@@ -16,19 +16,19 @@ struct Run {
     chosen_kernels().lstm_forward(p, Input(), a.acc());
   }
   void operator()(const LstmBackward& p, const Arguments& a) const {
-    chosen_kernels().lstm_backward(p, a.acc());
+    chosen_kernels().lstm_backward(p, LayerGradients(), a.acc());
   }
   void operator()(const GruForward& p, const Arguments& a) const {
     chosen_kernels().gru_forward(p, Input(), a.acc());
   }
   void operator()(const GruBackward& p, const Arguments& a) const {
-    chosen_kernels().gru_backward(p, a.acc());
+    chosen_kernels().gru_backward(p, LayerGradients(), a.acc());
   }
   void operator()(const RnnForward& p, const Arguments& a) const {
     chosen_kernels().rnn_forward(p, Input(), a.acc());
   }
   void operator()(const RnnBackward& p, const Arguments& a) const {
-    chosen_kernels().rnn_backward(p, a.acc());
+    chosen_kernels().rnn_backward(p, LayerGradients(), a.acc());
   }
 };
 

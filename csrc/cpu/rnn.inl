@@ -41,8 +41,8 @@ struct RnnBackwardScan : BackwardScan<T, kPlain> {
   using typename Base::V, typename Base::Lines, typename Base::Reaching;
   const RnnBackward& p;
 
-  RnnBackwardScan(Workspace<T>& memory, const RnnBackward& q)
-      : Base(memory, q.layer, q.layer.hidden, q.dy, q.dh_n, q.dh0), p(q) {
+  RnnBackwardScan(Workspace<T>& memory, const RnnBackward& q, const Gradients<T>* own)
+      : Base(memory, q.layer, q.layer.hidden, q.dy, q.dh_n, q.dh0, own), p(q) {
     const int64_t hidden = layer.hidden;
     const Panels<T> w(memory, layer, p.w_hh, 0, 1, hidden, hidden, 0, 1, p.w_hh.row);
     this->phase[0] = Phase<T>{w, {}, this->operand, true};
@@ -60,7 +60,7 @@ struct RnnBackwardScan : BackwardScan<T, kPlain> {
     const V zero(T(0));
     const auto marks = this->template marks<M>(at);
     const Reaching reaching(*this, at);
-    const Lines y(p.y, at.t, at.s), dgates(p.dgates, at.t, at.s);
+    const Lines y(p.y, at.t, at.s), dgates = this->leaving(p.dgates, at);
     T* operand = this->next_operand(at);
     span.each<T>(layer.hidden, 1, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
       const bool over = marks.ended(b), cut = !over && marks.starts(b);
@@ -83,10 +83,12 @@ void run_rnn_forward(const RnnForward& p, const Input& input) {
   run_scan<T>(RnnForwardScan<T, false>(memory, p, input));
 }
 template <class T>
-void run_rnn_backward(const RnnBackward& p) {
+void run_rnn_backward(const RnnBackward& p, const LayerGradients& own) {
   Workspace<T> memory;
+  const Gradients<T> made(memory, p.layer, own, 1, false);
+  const Gradients<T>* gradients = own.chunks > 0 ? &made : nullptr;
   if (all_plain<T>(p.dy, p.dh_n, p.y, p.dgates, p.dh0)) {
-    return run_scan<T>(RnnBackwardScan<T, true>(memory, p));
+    return run_scan<T>(RnnBackwardScan<T, true>(memory, p, gradients));
   }
-  run_scan<T>(RnnBackwardScan<T, false>(memory, p));
+  run_scan<T>(RnnBackwardScan<T, false>(memory, p, gradients));
 }

@@ -114,9 +114,22 @@ bool goes_past(const Layer& layer, int64_t values) {
   return kStoresPast && units * values * static_cast<int64_t>(sizeof(T)) > 4 * l2_bytes();
 }
 
+// Memory [B, G*H (+ H)] for a step's gradients of the gates where the scan uses them up itself:
+// row b begins at data[at + b * row], and the further gradient of a unit `inner` elements later.
+struct Kept {
+  void* data = nullptr;
+  int64_t at = 0, row = 0, inner = 0;
+};
+// In place of what keeps them, where nothing does.
+struct NoGradients {
+  FN Kept next() const { return Kept{}; }
+  FN bool done(int64_t, int64_t, bool) { return false; }
+};
+
 // Where a scan is: its i-th step, which is step t of the sequence, of stack entry s.
 struct Step {
   int64_t i, t, s;
+  Kept kept;
 };
 
 // Rows [from, to) and `vectors` vectors of units from u on. (Row by row: all vectors of a row
@@ -146,6 +159,8 @@ struct Span {
 //                                                `projected`: gates_x, or null: they are in memory
 //   input, input_row(t, b), add_bias(...)        forward: what is projected
 //   finish(s, b, u, vectors, tile)               backward: units of phase 0 after the last step
+//   gradients                                    backward: what keeps the gates' gradients, or null
+//   step_before(t, s)                            backward: whose state entered the step
 //   end(s, b)                                    after all
 template <class T, class Scan>
 class Runner {
@@ -157,17 +172,16 @@ class Runner {
 
   void run() {
     if (layer_.batch == 0 || layer_.stack == 0) return;
-    const Split split = choose(thread_count());
+    const Split split = wanted_ = choose(thread_count());
     const auto member = [](void* self, int64_t rank, int64_t members) {
       static_cast<Runner*>(self)->work(rank, members);
     };
     if (split.members == 1) {
       work(0, 1);
     } else {
-      wanted_ = split;
       Workspace<Meeting> memory;
-      meetings_ = memory.take(split.members);
-      for (int64_t i = 0; i < split.members; ++i) meetings_[i] = Meeting{};
+      meetings_ = memory.take(split.members + 1);  // a group's; the last of all members
+      for (int64_t i = 0; i <= split.members; ++i) meetings_[i] = Meeting{};
       run_together(split.members, member, this);
     }
   }
@@ -184,16 +198,21 @@ class Runner {
   Split choose(int64_t threads) const {
     const int64_t stack = layer_.stack, batch = layer_.batch;
     Split best;
-    double least = stack * step_seconds(batch, 1);
+    int64_t given = 0;  // chunks, where these are not to be chosen
+    if constexpr (Scan::kBackward) {
+      if (scan_.gradients != nullptr) given = best.chunks = scan_.gradients->chunks();
+    }
+    double least = stack * best.chunks * step_seconds((batch + best.chunks - 1) / best.chunks, 1);
     if (threads == 1 || least * layer_.steps < kSecondsWorthThreads) return best;
     const double region = kSecondsPerRegion / layer_.steps;
-    for (int64_t chunks = 1; chunks <= (threads < batch ? threads : batch); ++chunks) {
+    const int64_t most = given > 0 ? given : threads < batch ? threads : batch;
+    for (int64_t chunks = given > 0 ? given : 1; chunks <= most; ++chunks) {
       const int64_t groups = stack * chunks, rows = (batch + chunks - 1) / chunks;
       for (int64_t slices = 1; slices == 1 || groups * slices <= threads; ++slices) {
         if (slices > scan_.phase[0].recurrent.blocks.count) break;
         const int64_t rounds = slices == 1 ? (groups + threads - 1) / threads : 1;
         double seconds = region + rounds * step_seconds(rows, slices);
-        if (slices > 1) seconds += scan_.phases * kSecondsPerMeeting;
+        if (slices > 1) seconds += (scan_.phases + (given > 0)) * kSecondsPerMeeting;
         if (seconds < least && groups * slices > 1) {
           least = seconds;
           const int64_t all = groups * slices;
@@ -221,7 +240,11 @@ class Runner {
     const double compute = 2 * rows * bytes / sizeof(T) / kFlopsPerSecond<T>,
                  traffic = bytes / rate;
     const double gates = rows * layer_.hidden * kGateSeconds * (sizeof(T) / 4) / slices;
-    return (compute > traffic ? compute : traffic) + gates;
+    double more = 0;
+    if constexpr (Scan::kBackward) {
+      if (scan_.gradients != nullptr) more = scan_.gradients->row_seconds() * rows / slices;
+    }
+    return (compute > traffic ? compute : traffic) + gates + more;
   }
 
   bool usable_unpacked() const {
@@ -250,8 +273,23 @@ class Runner {
                         rank % slices,
                         slices,
                         meetings_ + rank / slices * slices,
-                        step_bytes(slices) > kCacheFilled * l2_bytes()};
-      sequence(share, g == 0 && slices > 1 ? split.members : 0);
+                        step_bytes(slices) > kCacheFilled * l2_bytes(),
+                        Kept{}};
+      const uint64_t arrived = g == 0 && slices > 1 ? split.members : 0;
+      if constexpr (Scan::kBackward) {
+        if (scan_.gradients != nullptr) {
+          sequence(share, arrived,
+                   scan_.gradients->chunk(rank, share.s, chunk, share.from, share.to, share.slice,
+                                          slices));
+          continue;
+        }
+      }
+      sequence(share, arrived, NoGradients());
+    }
+    if constexpr (Scan::kBackward) {
+      if (scan_.gradients == nullptr) return;
+      if (split.members > 1) meet(meetings_[split.members], split.members);
+      scan_.gradients->leave(rank, split.members);
     }
   }
 
@@ -259,6 +297,9 @@ class Runner {
   void pack(const Split& split, int64_t rank) const {
     if (direct_) return;
     const int64_t members = split.members, slices = split.slices;
+    if constexpr (Scan::kBackward) {
+      if (scan_.gradients != nullptr) scan_.gradients->pack(rank, members);
+    }
     for (int p = 0; p < scan_.phases; ++p) {
       const Phase<T>& phase = scan_.phase[p];
       const int64_t count = phase.recurrent.blocks.count;
@@ -290,10 +331,12 @@ class Runner {
     int64_t s, from, to, slice, slices;
     Meeting* meeting;
     bool asks;  // for weights before their use, which are beyond the second-level cache
+    Kept kept;  // where a backward step leaves the gates' gradients
   };
 
   // A share, start to end; `arrived` have met before.
-  void sequence(const Share& share, uint64_t arrived) const {
+  template <class Keeps>
+  void sequence(Share share, uint64_t arrived, Keeps keeps) const {
     const auto wait = [&] {
       if (share.slices > 1) meet(*share.meeting, arrived += share.slices);
     };
@@ -303,9 +346,14 @@ class Runner {
     for (int64_t b = first; b < last; ++b) scan_.start(share.s, b);
     wait();
     for (int64_t i = 0; i < layer_.steps; ++i) {
+      share.kept = keeps.next();
       for (int p = 0; p < scan_.phases; ++p) {
         blocks(p, i, share);
         wait();
+      }
+      if constexpr (Scan::kBackward) {
+        const int64_t t = step_at(i, share.s);
+        if (keeps.done(t, scan_.step_before(t, share.s), i + 1 == layer_.steps)) wait();
       }
     }
     if constexpr (Scan::kBackward) {
@@ -393,7 +441,7 @@ class Runner {
         return;
       }
     }
-    const Step at{i, t, s};
+    const Step at{i, t, s, share.kept};
     const Span span{from, to, u, units};
     const T* gates_x = projects ? projected : nullptr;
     if (layer_.flags == nullptr) {

@@ -138,18 +138,20 @@ struct BackwardScan {
   static constexpr bool kBackward = true;
   static constexpr int kWidth = V::kWidth;
   const Layer& layer;
-  Rows dy, dh_n, dh0;         // [T, B, S, P] [S, B, P] (either may be null), [S, B, P]
-  State<T> operand, carried;  // [S, B, G*H] alternating, [S, B, P]
-  bool past = false;          // the gates' gradients go past the caches
+  Rows dy, dh_n, dh0;             // [T, B, S, P] [S, B, P] (either may be null), [S, B, P]
+  const Gradients<T>* gradients;  // what uses up the gates' gradients, if anything does
+  State<T> operand, carried;      // [S, B, G*H] alternating, [S, B, P]
+  bool past = false;              // the gates' gradients go past the caches
   int phases = 1;
   Phase<T> phase[2];
 
   BackwardScan(Workspace<T>& memory, const Layer& l, int64_t depth, const Rows& dy_,
-               const Rows& dh_n_, const Rows& dh0_)
+               const Rows& dh_n_, const Rows& dh0_, const Gradients<T>* own)
       : layer(l),
         dy(dy_),
         dh_n(dh_n_),
         dh0(dh0_),
+        gradients(own),
         operand(memory, l, depth, true),
         carried(memory, l, l.out, false) {}
 
@@ -179,6 +181,13 @@ struct BackwardScan {
     FN V carried(int64_t b, int64_t u) const { return V::load(rest + b * ld + u); }
     FN void carry(int64_t b, int64_t u, V value) const { value.store(rest + b * ld + u); }
   };
+  // Where the gates' gradients of a step go: into a tensor, or where they are kept.
+  FN Lines leaving(const Rows& rows, const Step& at, bool inner = false) const {
+    const Kept& kept = at.kept;
+    if (kept.data == nullptr) return Lines(rows, at.t, at.s);
+    return Lines(Rows{kept.data, kNative<T>, 1, kept.row, 0}, kept.at + (inner ? kept.inner : 0),
+                 0);
+  }
   // The gate gradients that the next step multiplies: rows of [G*H], operand.ld apart.
   FN T* next_operand(const Step& at) const { return operand.row(at.s, 0, (at.i + 1) & 1); }
   void finish(int64_t s, int64_t b, int64_t u, int vectors, const T* sums) const {

@@ -163,6 +163,23 @@ void entering(const Layer& l, const Tensor& y, const Tensor& h0, int64_t s, DTyp
               static_cast<char*>(data_of(h0)) + s * block, block);
 }
 
+// The chunks of rows in which a scan makes the layer's gradients itself, 0 where it does not: where
+// weights and their gradients stay in the second-level cache side by side, there are rows for the
+// tiles, and the gradients are added to often enough to be worth a chunk's own. Not a matter of the
+// threads, for the order of the sums follows the chunks.
+int64_t chunks_of(const Step& step) {
+  constexpr int64_t kLeast = 6, kTwo = 12, kMost = 16;  // rows: at all, for two chunks, of a chunk
+  constexpr int64_t kShared = 64;                       // units that threads cannot share out
+  constexpr int64_t kWorth = 64;                        // steps' rows of a chunk
+  const Layer& l = step.l;
+  const int64_t bytes = step.width() * (l.hidden + step.inputs) * size_of(step.acc());
+  if (step.width() > kMaxInput || 2 * bytes > kCacheFilled * l2_bytes()) return 0;
+  if (l.batch < kLeast) return 0;
+  int64_t chunks = l.batch >= kTwo || l.hidden <= kShared ? 2 : 1;
+  while (l.batch > kMost * chunks && chunks < 32) chunks *= 2;
+  return l.steps * l.batch >= kWorth * chunks ? chunks : 0;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backward(
     const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n,
     const MaybeTensor& dcells, const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
@@ -179,11 +196,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backwar
                   "y and h0 must have the dtype of w_hh");
   check_shape("h0", h0, state, "[S, B, H]", w_hh);
   const Tensor out = as_contiguous(step.entries_of("y", y)), start = as_contiguous(h0);
-  const Buffer gradients(step.rows * all * size);
-  const Buffer inside(cell == 1 ? step.rows * l.stack * l.hidden * size : 0);
-  const Rows dgates = step.sequence(gradients.at(), width);
   Rows dh0_rows, dc0_rows;
   Tensor dh0 = step.take.output("dh0", state, acc, dh0_rows), dc0 = step.none();
+  Tensor dx = step.none(), dw_ih = step.none(), dw_hh = step.none(), db = step.none();
+  Tensor db_hn = step.none();
+  if (want_x) dx = step.tensor({l.steps, l.batch, step.inputs}, acc);
+  if (want_w_ih) dw_ih = step.gradient(width, step.inputs);
+  if (want_w_hh) dw_hh = step.gradient(width, l.hidden);
+  if (want_bias) db = step.gradient(width);
+  if (want_bias && cell == 1) db_hn = step.gradient(l.hidden);
+  const Tensor w = as_contiguous(step.w_ih);
+  const Sequence sequence(x, io, want_w_ih);  // without, in whatever order: it is not read
+  const auto into = [size](Tensor& t, int64_t at) {
+    return static_cast<char*>(t.mutable_data_ptr()) + at * size;
+  };
+
+  // Small layers' gradients are made in the scan.
+  LayerGradients own;
+  own.chunks = chunks_of(step);
+  if (own.chunks > 0) {
+    own.size = step.inputs, own.x = sequence.rows;
+    own.w_ih = Rows{data_of(w), io, 0, step.inputs, width * step.inputs};
+    own.h0 = step.take.entries("h0", start, state, "[S, B, H]");
+    own.y = step.take.sequence("y", out, shape, "[T, B, S, H]");
+    if (want_x) own.dx = into(dx, 0);
+    if (want_w_ih) own.dw_ih = into(dw_ih, 0);
+    if (want_w_hh) own.dw_hh = into(dw_hh, 0);
+    if (want_bias) own.db = into(db, 0);
+    if (want_bias && cell == 1) own.db_hn = into(db_hn, 0);
+  }
+  const bool kept = own.chunks == 0;
+  const Buffer gradients(kept ? step.rows * all * size : 0);
+  const Buffer more(want_x && !kept ? (l.stack - 1) * step.rows * step.inputs * size : 0);
+  own.dx_more = more.at();
+  const Buffer inside(kept && cell == 1 ? step.rows * l.stack * l.hidden * size : 0);
+  const Rows dgates = kept ? step.sequence(gradients.at(), width) : Rows{};
+  const Rows dgates_hn = kept ? step.sequence(inside.at(), l.hidden) : Rows{};
   MaybeTensor dy_entries;
   if (dy) dy_entries = step.entries_of("dy", *dy);
   const Rows dy_rows = step.take.sequence("dy", dy_entries, shape, "[T, B, S, H]");
@@ -203,35 +251,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backwar
     p.cells = tape_of(cells, "cells", 1), p.gates = tape_of(gates, "gates", 4);
     dc0 = step.take.output("dc0", state, acc, dc0_rows);
     p.dgates = dgates, p.dh0 = dh0_rows, p.dc0 = dc0_rows;
-    chosen_kernels().lstm_backward(p, acc);
+    chosen_kernels().lstm_backward(p, own, acc);
   } else if (cell == 1) {
     GruBackward p;
     p.layer = l, p.dy = dy_rows, p.dh_n = dh_rows, p.w_hh = step.w_hh;
     p.h0 = step.take.entries("h0", start, state, "[S, B, H]");
     p.y = step.take.sequence("y", out, shape, "[T, B, S, H]"), p.gates = tape_of(gates, "gates", 4);
-    p.dgates = dgates, p.dgates_hn = step.sequence(inside.at(), l.hidden), p.dh0 = dh0_rows;
-    chosen_kernels().gru_backward(p, acc);
+    p.dgates = dgates, p.dgates_hn = dgates_hn, p.dh0 = dh0_rows;
+    chosen_kernels().gru_backward(p, own, acc);
   } else {
     RnnBackward p;
     p.layer = l, p.dy = dy_rows, p.dh_n = dh_rows, p.w_hh = step.w_hh, p.relu = relu;
     p.y = step.take.sequence("y", out, shape, "[T, B, S, H]");
     p.dgates = dgates, p.dh0 = dh0_rows;
-    chosen_kernels().rnn_backward(p, acc);
+    chosen_kernels().rnn_backward(p, own, acc);
   }
 
-  Tensor dx = step.none(), dw_ih = step.none(), dw_hh = step.none(), db = step.none();
-  Tensor db_hn = step.none();
-  if (want_x) {
-    dx = step.tensor({l.steps, l.batch, step.inputs}, acc);
-    const Tensor w = as_contiguous(step.w_ih);
+  if (!kept) return {dx, dw_ih, dw_hh, db, db_hn, dh0, dc0};
+  for (int64_t s = 0; want_x && s < l.stack; ++s) {  // entry by entry, as in a scan
     Matmul p;
-    p.n = 1, p.m = step.rows, p.k = all, p.a = Matrix{gradients.at(), acc, 0, all, 1};
-    p.right[0] =
-        Right{step.inputs, Matrix{data_of(w), io, 0, step.inputs, 1}, {}, dx.mutable_data_ptr()};
+    p.n = 1, p.m = step.rows, p.k = width;
+    p.a = Matrix{gradients.at(s * width * size), acc, 0, all, 1};
+    const void* from = static_cast<char*>(data_of(w)) + s * width * step.inputs * size_of(io);
+    p.right[0] = Right{step.inputs, Matrix{from, io, 0, step.inputs, 1}, {}, into(dx, 0), s > 0};
     chosen_kernels().matmul(p, acc);
   }
-  if (want_w_ih) dw_ih = step.gradient(width, step.inputs);
-  if (want_w_hh) dw_hh = step.gradient(width, l.hidden);
   // The gradients of a weight [n, columns] of entry s, from gate gradients `from` of which rows are
   // `row` apart, and `of` the values that entered at each step: the columns of the gate gradients
   // are the rows of the product.
@@ -242,10 +286,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backwar
     p.right[0] = of, p.right[1] = also;
     chosen_kernels().matmul(p, acc);
   };
-  const auto into = [size](Tensor& t, int64_t at) {
-    return static_cast<char*>(t.mutable_data_ptr()) + at * size;
-  };
-  const Sequence sequence(x, io, want_w_ih);  // without, in whatever order: it is not read
   const RowsInOrder order(sequence.rows, l.steps, l.batch);
   const Buffer before(want_w_hh ? step.rows * l.hidden * size_of(io) : 0);
   for (int64_t s = 0; s < l.stack; ++s) {
@@ -273,14 +313,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backwar
     weights(inside.at(s * l.hidden * size), l.stack * l.hidden, l.hidden, of_h, Right());
   }
   if (want_bias) {
-    const auto sums = [&](const Buffer& of, int64_t n) {
-      Tensor t = step.gradient(n);
+    const auto sums = [&](const Buffer& of, int64_t n, Tensor& t) {
       const ColumnSums p{of.at(), step.rows, l.stack * n, t.mutable_data_ptr()};
       chosen_kernels().column_sums(p, acc);
-      return t;
     };
-    db = sums(gradients, width);
-    if (cell == 1) db_hn = sums(inside, l.hidden);
+    sums(gradients, width, db);
+    if (cell == 1) sums(inside, l.hidden, db_hn);
   }
   return {dx, dw_ih, dw_hh, db, db_hn, dh0, dc0};
 }

@@ -18,6 +18,7 @@ struct Right {
   int64_t l = 0;
   Matrix b, bias;       // [N, K, L], and [N, L] in bias.batch, bias.column (may be null)
   void* out = nullptr;  // [N, M, L] contiguous, acc
+  bool adds = false;    // to what `out` has
 };
 
 struct Matmul {
@@ -43,17 +44,32 @@ struct Input {
 };
 constexpr int64_t kMaxInput = 512;  // the chunk of K of the matrix product
 
+// What a backward scan makes of the gates' gradients itself, in place of leaving them (dgates and
+// dgates_hn are then not written), and from what. Without flags and projection; G*H at most
+// kMaxInput where dx is wanted. The rows of each entry go in so many chunks.
+struct LayerGradients {
+  int64_t chunks = 0;   // 0: nothing
+  int64_t size = 0;     // I
+  Rows x, w_ih, h0, y;  // [T, B, I] [S, G*H, I] [S, B, H] [T, B, S, H]
+  void* dx = nullptr;   // [T, B, I], like the others of the arithmetic's dtype; null: not wanted
+  void* dx_more = nullptr;  // [S - 1, T, B, I]: memory for the other entries' parts of dx
+  void* dw_ih = nullptr;    // [S, G*H, I]
+  void* dw_hh = nullptr;    // [S, G*H, H]
+  void* db = nullptr;       // [S, G*H]
+  void* db_hn = nullptr;    // [S, H]: of the GRU's third gate inside its recurrence
+};
+
 // Up to so many rows, weights that are used once are not packed first.
 constexpr int64_t kDirectRows = 8;
 
 // The kernels of one instruction set. dtype: the type of all arithmetic, kFloat32 or kFloat64.
 struct Kernels {
   void (*lstm_forward)(const LstmForward&, const Input&, DType dtype);
-  void (*lstm_backward)(const LstmBackward&, DType dtype);
+  void (*lstm_backward)(const LstmBackward&, const LayerGradients&, DType dtype);
   void (*gru_forward)(const GruForward&, const Input&, DType dtype);
-  void (*gru_backward)(const GruBackward&, DType dtype);
+  void (*gru_backward)(const GruBackward&, const LayerGradients&, DType dtype);
   void (*rnn_forward)(const RnnForward&, const Input&, DType dtype);
-  void (*rnn_backward)(const RnnBackward&, DType dtype);
+  void (*rnn_backward)(const RnnBackward&, const LayerGradients&, DType dtype);
   void (*matmul)(const Matmul&, DType dtype);
   void (*column_sums)(const ColumnSums&, DType dtype);
 };
