@@ -131,3 +131,15 @@ def test_batch_first_and_strides(cell):
         found = outcomes(cell, inputs._replace(x=x.requires_grad_()), spec_of(cell))
         for a, b in zip(found[0] + list(found[1]), expected[0] + list(expected[1]), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rows", [4, 16])
+def test_no_entries(rows):
+    """A stack of none: no gradients but the input's, which is zero."""
+    y = torch.zeros(20, rows, 0)
+    found = torch.ops.fused_rnn.cpu_layer_backward(
+        *(y, None, None, None, torch.ones(20, rows, 4), torch.zeros(0, 8, 4), torch.zeros(0, 8, 8)),
+        *(torch.zeros(0, rows, 8), None, y, None, None, [], 2, False, True, True, True, True),
+    )
+    assert torch.equal(found[0], torch.zeros(20, rows, 4))
+    assert [t.shape[0] for t in found[1:4]] == [0, 0, 0]

@@ -174,7 +174,7 @@ int64_t chunks_of(const Step& step) {
   const Layer& l = step.l;
   const int64_t bytes = step.width() * (l.hidden + step.inputs) * size_of(step.acc());
   if (step.width() > kMaxInput || 2 * bytes > kCacheFilled * l2_bytes()) return 0;
-  if (l.batch < kLeast) return 0;
+  if (l.batch < kLeast || l.stack == 0) return 0;
   int64_t chunks = l.batch >= kTwo || l.hidden <= kShared ? 2 : 1;
   while (l.batch > kMost * chunks && chunks < 32) chunks *= 2;
   return l.steps * l.batch >= kWorth * chunks ? chunks : 0;
@@ -268,6 +268,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backwar
   }
 
   if (!kept) return {dx, dw_ih, dw_hh, db, db_hn, dh0, dc0};
+  if (want_x && l.stack == 0) std::memset(into(dx, 0), 0, step.rows * step.inputs * size);
   for (int64_t s = 0; want_x && s < l.stack; ++s) {  // entry by entry, as in a scan
     Matmul p;
     p.n = 1, p.m = step.rows, p.k = width;
