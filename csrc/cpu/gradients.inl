@@ -50,10 +50,9 @@ class Gradients {
     const int64_t kept = slots_ * rows;
     panel_ = kept * ld_;
     now_ = panel_ + kept * panel_columns_;
-    biases_now_ = now_ + elements_;
-    scratch_size_ = biases_now_ + ld_;
-    scratch_ = memory.take(thread_count() * scratch_size_);
     sums_size_ = elements_ + ld_;
+    scratch_size_ = now_ + sums_size_;
+    scratch_ = memory.take(thread_count() * scratch_size_);
     sums_ = memory.take(layer.stack * q.chunks * sums_size_);
     if (q.dx != nullptr) {
       w_ih_ = Panels<T>(memory, layer, q.w_ih, 0, 1, q.size, width_, 0, 1, q.w_ih.row);
@@ -108,8 +107,8 @@ class Gradients {
     int64_t kept() const { return steps_ * rows_; }
     const T* kept_row(int64_t k) const { return group_ + k * g_.ld_; }
     // Slice k of n has [n * k / slices, n * (k + 1) / slices).
-    int64_t first(int64_t n) const { return n * slice_ / slices_; }
-    int64_t last(int64_t n) const { return n * (slice_ + 1) / slices_; }
+    int64_t own_from(int64_t n) const { return n * slice_ / slices_; }
+    int64_t own_to(int64_t n) const { return n * (slice_ + 1) / slices_; }
 
     void use(bool last) {
       const bool add = products_ > 0;
@@ -118,7 +117,7 @@ class Gradients {
         pack_entered(g_.part_[i]);
         multiply(g_.part_[i], now + g_.part_[i].sums, add);
       }
-      if (g_.q_.db != nullptr && slice_ == 0) add_rows(own_ + g_.biases_now_, add);
+      if (g_.q_.db != nullptr && slice_ == 0) add_rows(now + g_.elements_, add);
       if (g_.q_.dx != nullptr) input_gradients();
       steps_ = 0;
       if (++products_ < kProductsASum && !last) return;
@@ -127,7 +126,7 @@ class Gradients {
         for (int64_t block = 0; block < p.blocks.count; ++block) {
           const int64_t width = p.blocks.depth_vectors(block) * kWidth;
           const int64_t at = p.sums + p.blocks.row_offset(block) * p.rows;
-          pass_on(now, at + this->first(p.rows) * width, at + this->last(p.rows) * width);
+          pass_on(now, at + own_from(p.rows) * width, at + own_to(p.rows) * width);
         }
       }
       if (slice_ == 0) pass_on(now, g_.elements_, g_.sums_size_);  // the biases' sums
@@ -172,8 +171,8 @@ class Gradients {
       for (int64_t block = 0; block < p.blocks.count; ++block) {
         const int vectors = p.blocks.depth_vectors(block);
         const int64_t offset = p.blocks.row_offset(block);
-        const int64_t last = this->last(p.rows);
-        for (int64_t m = this->first(p.rows); m < last;) {
+        const int64_t last = own_to(p.rows);
+        for (int64_t m = own_from(p.rows); m < last;) {
           const int64_t end = m < p.split && p.split < last ? p.split : last;
           const int rows = lanes_at(end, m, kTileRows[vectors]);
           tile_product<T>(rows, vectors, a + m + (m < p.split ? 0 : p.skip), 1, g_.ld_,
@@ -204,18 +203,18 @@ class Gradients {
     void input_gradients() const {
       const Panels<T>& w = g_.w_ih_;
       const int64_t size = g_.q_.size;
-      alignas(64) T tile[8 * kMaxVectors * kWidth];
+      alignas(64) T tile[kTileRows[1] * kMaxVectors * kWidth];
       for (int64_t block = 0; block < w.blocks.count; ++block) {
         const int vectors = w.vectors(block);
         const int64_t u = w.blocks.first_unit(block);
-        const int64_t last = this->last(kept());
-        for (int64_t k = this->first(kept()); k < last; k += kTileRows[vectors]) {
+        const int64_t last = own_to(kept());
+        for (int64_t k = own_from(kept()); k < last; k += kTileRows[vectors]) {
           const int rows = lanes_at(last, k, kTileRows[vectors]);
           tile_product<T>(rows, vectors, kept_row(k), g_.ld_, 1, w.at(s_, block), g_.width_, tile,
                           false, Ahead());
           const T* from = tile;
           for (int64_t m = k; m < k + rows; ++m) {
-            const int64_t row = step_[m / rows_] * layer().batch + from_ + m % rows_;
+            const int64_t row = step_[m / rows_] * g_.layer_.batch + from_ + m % rows_;
             T* to = g_.input_gradient(s_) + row * size;
             for (int v = 0; v < vectors; ++v, from += kWidth) {
               const int64_t unit = u + v * kWidth;
@@ -225,7 +224,6 @@ class Gradients {
         }
       }
     }
-    const Layer& layer() const { return g_.layer_; }
 
     const Gradients& g_;
     const int64_t s_, from_, rows_, slice_, slices_;
@@ -278,9 +276,12 @@ class Gradients {
     if (s == 0) return static_cast<T*>(q_.dx);
     return static_cast<T*>(q_.dx_more) + (s - 1) * layer_.steps * layer_.batch * q_.size;
   }
-  FN V summed(const T* sums, int64_t at) const {
-    V total = V::load(sums + at);
-    for (int64_t c = 1; c < q_.chunks; ++c) total = total + V::load(sums + c * sums_size_ + at);
+  // The sum of all chunks' values, of `lanes` from element `at` on.
+  FN V summed(const T* sums, int64_t at, int lanes = kWidth) const {
+    V total = V::load(sums + at, lanes);
+    for (int64_t c = 1; c < q_.chunks; ++c) {
+      total = total + V::load(sums + c * sums_size_ + at, lanes);
+    }
     return total;
   }
   void leave_row(const Part& p, int64_t s, int64_t m, const T* sums) const {
@@ -307,11 +308,7 @@ class Gradients {
     if (out == nullptr) return;
     for (int64_t u = 0; u < n; u += kWidth) {
       const int lanes = lanes_at(n, u, kWidth);
-      V total = V::load(sums + u, lanes);
-      for (int64_t c = 1; c < q_.chunks; ++c) {
-        total = total + V::load(sums + c * sums_size_ + u, lanes);
-      }
-      total.store(static_cast<T*>(out) + at + u, lanes);
+      summed(sums, u, lanes).store(static_cast<T*>(out) + at + u, lanes);
     }
   }
 
@@ -322,8 +319,8 @@ class Gradients {
   Part part_[2];
   int parts_ = 0;
   int64_t elements_ = 0, panel_columns_ = 0;
-  // A member's memory: kept rows, panel, the sums of weights and biases of now; a chunk's sums.
-  int64_t panel_ = 0, now_ = 0, biases_now_ = 0, scratch_size_ = 0, sums_size_ = 0;
+  // A member's memory: kept rows, panel, the sums of now; sums: of weights, then biases.
+  int64_t panel_ = 0, now_ = 0, scratch_size_ = 0, sums_size_ = 0;
   T *scratch_ = nullptr, *sums_ = nullptr;
   Panels<T> w_ih_;
 };

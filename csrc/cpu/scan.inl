@@ -114,6 +114,9 @@ bool goes_past(const Layer& layer, int64_t values) {
   return kStoresPast && units * values * static_cast<int64_t>(sizeof(T)) > 4 * l2_bytes();
 }
 
+template <class T>
+class Gradients;  // gradients.inl
+
 // Memory [B, G*H (+ H)] for a step's gradients of the gates where the scan uses them up itself:
 // row b begins at data[at + b * row], and the further gradient of a unit `inner` elements later.
 struct Kept {
@@ -187,6 +190,12 @@ class Runner {
   }
 
  private:
+  // What uses up the gates' gradients, if anything does.
+  FN const Gradients<T>* gradients() const {
+    if constexpr (Scan::kBackward) return scan_.gradients;
+    return nullptr;
+  }
+
   // How a scan is shared out: the rows of every entry in `chunks`, of which each is a group's of
   // `slices` threads that share out the units and wait for one another at every phase. Without
   // slices there may be more groups than threads.
@@ -199,9 +208,7 @@ class Runner {
     const int64_t stack = layer_.stack, batch = layer_.batch;
     Split best;
     int64_t given = 0;  // chunks, where these are not to be chosen
-    if constexpr (Scan::kBackward) {
-      if (scan_.gradients != nullptr) given = best.chunks = scan_.gradients->chunks();
-    }
+    if (gradients() != nullptr) given = best.chunks = gradients()->chunks();
     double least = stack * best.chunks * step_seconds((batch + best.chunks - 1) / best.chunks, 1);
     if (threads == 1 || least * layer_.steps < kSecondsWorthThreads) return best;
     const double region = kSecondsPerRegion / layer_.steps;
@@ -240,10 +247,7 @@ class Runner {
     const double compute = 2 * rows * bytes / sizeof(T) / kFlopsPerSecond<T>,
                  traffic = bytes / rate;
     const double gates = rows * layer_.hidden * kGateSeconds * (sizeof(T) / 4) / slices;
-    double more = 0;
-    if constexpr (Scan::kBackward) {
-      if (scan_.gradients != nullptr) more = scan_.gradients->row_seconds() * rows / slices;
-    }
+    const double more = gradients() ? gradients()->row_seconds() * rows / slices : 0;
     return (compute > traffic ? compute : traffic) + gates + more;
   }
 
@@ -286,20 +290,16 @@ class Runner {
       }
       sequence(share, arrived, NoGradients());
     }
-    if constexpr (Scan::kBackward) {
-      if (scan_.gradients == nullptr) return;
-      if (split.members > 1) meet(meetings_[split.members], split.members);
-      scan_.gradients->leave(rank, split.members);
-    }
+    if (gradients() == nullptr) return;
+    if (split.members > 1) meet(meetings_[split.members], split.members);
+    gradients()->leave(rank, split.members);
   }
 
   // A member packs the weights it is to multiply by first, for its own cache.
   void pack(const Split& split, int64_t rank) const {
     if (direct_) return;
     const int64_t members = split.members, slices = split.slices;
-    if constexpr (Scan::kBackward) {
-      if (scan_.gradients != nullptr) scan_.gradients->pack(rank, members);
-    }
+    if (gradients() != nullptr) gradients()->pack(rank, members);
     for (int p = 0; p < scan_.phases; ++p) {
       const Phase<T>& phase = scan_.phase[p];
       const int64_t count = phase.recurrent.blocks.count;

@@ -205,7 +205,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backwar
   if (want_w_hh) dw_hh = step.gradient(width, l.hidden);
   if (want_bias) db = step.gradient(width);
   if (want_bias && cell == 1) db_hn = step.gradient(l.hidden);
-  const Tensor w = as_contiguous(step.w_ih);
+  const Tensor w = want_x ? as_contiguous(step.w_ih) : step.w_ih;
   const Sequence sequence(x, io, want_w_ih);  // without, in whatever order: it is not read
   const auto into = [size](Tensor& t, int64_t at) {
     return static_cast<char*>(t.mutable_data_ptr()) + at * size;
@@ -225,13 +225,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backwar
     if (want_bias) own.db = into(db, 0);
     if (want_bias && cell == 1) own.db_hn = into(db_hn, 0);
   }
-  const bool kept = own.chunks == 0;
-  const Buffer gradients(kept ? step.rows * all * size : 0);
-  const Buffer more(want_x && !kept ? (l.stack - 1) * step.rows * step.inputs * size : 0);
+  const bool apart = own.chunks == 0;
+  const Buffer gradients(apart ? step.rows * all * size : 0);
+  const Buffer more(want_x && !apart ? (l.stack - 1) * step.rows * step.inputs * size : 0);
   own.dx_more = more.at();
-  const Buffer inside(kept && cell == 1 ? step.rows * l.stack * l.hidden * size : 0);
-  const Rows dgates = kept ? step.sequence(gradients.at(), width) : Rows{};
-  const Rows dgates_hn = kept ? step.sequence(inside.at(), l.hidden) : Rows{};
+  const Buffer inside(apart && cell == 1 ? step.rows * l.stack * l.hidden * size : 0);
+  const Rows dgates = apart ? step.sequence(gradients.at(), width) : Rows{};
+  const Rows dgates_hn = apart ? step.sequence(inside.at(), l.hidden) : Rows{};
   MaybeTensor dy_entries;
   if (dy) dy_entries = step.entries_of("dy", *dy);
   const Rows dy_rows = step.take.sequence("dy", dy_entries, shape, "[T, B, S, H]");
@@ -267,7 +267,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backwar
     chosen_kernels().rnn_backward(p, own, acc);
   }
 
-  if (!kept) return {dx, dw_ih, dw_hh, db, db_hn, dh0, dc0};
+  if (!apart) return {dx, dw_ih, dw_hh, db, db_hn, dh0, dc0};
   if (want_x && l.stack == 0) std::memset(into(dx, 0), 0, step.rows * step.inputs * size);
   for (int64_t s = 0; want_x && s < l.stack; ++s) {  // entry by entry, as in a scan
     Matmul p;
