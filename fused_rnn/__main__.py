@@ -16,7 +16,7 @@ from fused_rnn import backends
 from fused_rnn.precision import fp32_precision
 from fused_rnn.testing import Case, check
 
-_ISA = ("portable", "AVX2", "AVX-512")
+_ISA = ("portable", "AVX2", "AVX-512", "AVX-512 and AMX")
 
 
 def _version(package: str) -> str:

@@ -1,5 +1,6 @@
 // The kernels of one instruction set. Each kernels_<isa>.cpp switches the compiler to its
-// instruction set, defines FUSED_RNN_ISA and FUSED_RNN_REGISTERS, and includes this file once.
+// instruction set, defines FUSED_RNN_ISA, FUSED_RNN_REGISTERS and, for AMX, FUSED_RNN_HAS_TILES, and
+// includes this file once.
 //
 // Nothing here may use a template or inline function of a library: the linker keeps one copy of
 // each, and it could be the copy compiled for instructions the machine does not have.
@@ -17,6 +18,11 @@ namespace {
 #include "vector_math.inl"
 #include "rows.inl"
 #include "gemm.inl"
+#if FUSED_RNN_HAS_TILES
+#include "tiles.inl"
+#else
+#include "no_tiles.inl"
+#endif
 #include "scan.inl"
 #include "gradients.inl"
 #include "scan_base.inl"
@@ -24,6 +30,9 @@ namespace {
 #include "gru.inl"
 #include "rnn.inl"
 #include "matmul.inl"
+#if FUSED_RNN_HAS_TILES
+#include "tile_matmul.inl"
+#endif
 #include "sums.inl"
 
 #define FUSED_RNN_BY_DTYPE(run, Params) \

@@ -14,6 +14,30 @@ constexpr int64_t kPartGroups = 10;
 
 static_assert(kChunkK % kBlockK == 0, "the order of sums must not depend on the chunks");
 
+// Sums over `depth` terms from `at` on, of `rows` rows from the first on, `ld` apart, and so many
+// vectors of columns from u on, to the result; with the bias where the terms are the last.
+template <class T>
+FN void leave_sums(const Matmul& p, const Right& r, int64_t n, int64_t at, int64_t depth,
+                   int64_t first, int rows, int64_t u, int vectors, const T* sums, int64_t ld) {
+  using V = Vec<T>;
+  const bool adds = r.adds || at > 0, done = at + depth == p.k && r.bias.data != nullptr;
+  T* out = static_cast<T*>(r.out) + (n * p.m + first) * r.l + u;
+  for (int m = 0; m < rows; ++m) {
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t unit = u + v * V::kWidth;
+      const int lanes = lanes_at(r.l, unit, V::kWidth);
+      T* to = out + m * r.l + v * V::kWidth;
+      V x = V::load(sums + m * ld + v * V::kWidth);
+      if (adds) x = V::load(to, lanes) + x;
+      if (done) {
+        const int64_t from = n * r.bias.batch + unit * r.bias.column;
+        x = x + load<T>(r.bias.data, r.bias.dtype, from, lanes);
+      }
+      x.store(to, lanes);
+    }
+  }
+}
+
 template <class T>
 class Product {
  public:
@@ -209,29 +233,12 @@ class Product {
     });
   }
 
-  // A block's sums of a chunk, of `rows` rows from the first on, to the result; with the bias where
-  // the chunk is the last.
+  // A block's sums of a chunk, of `rows` rows from the first on, to the result.
   void leave(const Chunk& c, int64_t first, int64_t block, int rows, const T* sums) const {
-    using V = Vec<T>;
     const int which = right_of(block), vectors = vectors_of(block);
-    const Right& r = p_.right[which];
-    const int64_t u = blocks_[which].first_unit(own_block(block)), l = r.l;
-    const bool adds = r.adds || c.at > 0, done = c.at + c.depth == p_.k && r.bias.data != nullptr;
-    T* out = static_cast<T*>(r.out) + (c.n * p_.m + first) * l + u;
-    for (int m = 0; m < rows; ++m) {
-      for (int v = 0; v < vectors; ++v) {
-        const int64_t unit = u + v * V::kWidth;
-        const int lanes = lanes_at(l, unit, V::kWidth);
-        T* to = out + m * l + v * V::kWidth;
-        V x = V::load(sums + (m * vectors + v) * V::kWidth);
-        if (adds) x = V::load(to, lanes) + x;
-        if (done) {
-          const int64_t from = c.n * r.bias.batch + unit * r.bias.column;
-          x = x + load<T>(r.bias.data, r.bias.dtype, from, lanes);
-        }
-        x.store(to, lanes);
-      }
-    }
+    leave_sums(p_, p_.right[which], c.n, c.at, c.depth, first, rows,
+               blocks_[which].first_unit(own_block(block)), vectors, sums,
+               vectors * Vec<T>::kWidth);
   }
 
   // One block of a group of rows, the part's `own`-th.
@@ -271,8 +278,10 @@ class Product {
   Meeting meeting_;
 };
 
+
 template <class T>
 void run_matmul(const Matmul& p) {
   if (p.n == 0 || p.m == 0 || p.right[0].l + p.right[1].l == 0) return;
+  if (kHasTiles && sizeof(T) == 4 && multiplied_by_tiles(p)) return;
   Product<T>(p).run();
 }

@@ -4,6 +4,11 @@
 template <class T>
 constexpr DType kNative = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
 
+// Of `width` lanes from u on, those of so many units.
+FN int lanes_at(int64_t units, int64_t u, int width) {
+  return units - u < width ? static_cast<int>(units - u) : width;
+}
+
 // Out of line: conversions are rare and would swell every place that loads.
 __attribute__((noinline)) VecF load_converted(const void* data, DType dtype, int64_t at, int n) {
   const uint16_t* p = static_cast<const uint16_t*>(data) + at;

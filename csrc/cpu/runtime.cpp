@@ -11,6 +11,7 @@
 #include <thread>
 
 #if defined(__linux__)
+#include <sys/syscall.h>
 #include <unistd.h>
 #endif
 #if defined(__x86_64__)
@@ -29,7 +30,21 @@ extern const Kernels kKernelsAvx512;
 
 namespace {
 
+#if FUSED_RNN_HAS_AMX
+// Whether the processor has tiles of bfloat16 and the system lets this process use them.
+bool tiles_granted() {
+  constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22, kBoth = kTile | kBf16;  // of edx
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kBoth) != kBoth) return false;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 bool supported(Isa isa) {
+#if FUSED_RNN_HAS_AMX
+  if (isa == Isa::kAmx) return supported(Isa::kAvx512) && tiles_granted();
+#endif
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (isa == Isa::kAvx512) {
@@ -50,19 +65,22 @@ bool supported(Isa isa) {
 
 Isa choose() {
   const char* wanted = std::getenv("FUSED_RNN_CPU_ISA");
-  if (wanted == nullptr || *wanted == '\0') {
-    return supported(Isa::kAvx512) ? Isa::kAvx512
-           : supported(Isa::kAvx2) ? Isa::kAvx2
-                                   : Isa::kPortable;
+  constexpr struct {
+    const char* name;
+    Isa isa;
+  } kAll[] = {{"amx", Isa::kAmx},
+              {"avx512", Isa::kAvx512},
+              {"avx2", Isa::kAvx2},
+              {"portable", Isa::kPortable}};
+  const bool best = wanted == nullptr || *wanted == '\0';
+  for (const auto& one : kAll) {
+    if (!best && std::string(wanted) != one.name) continue;
+    if (supported(one.isa)) return one.isa;
+    STD_TORCH_CHECK(best, "FUSED_RNN_CPU_ISA is '", wanted,
+                    "', which this processor does not have");
   }
-  const std::string name = wanted;
-  const bool known = name == "avx512" || name == "avx2" || name == "portable";
-  STD_TORCH_CHECK(known, "FUSED_RNN_CPU_ISA is '", name,
-                  "'; it can be avx512, avx2 or portable, or unset for the best available");
-  const Isa isa = name == "avx512" ? Isa::kAvx512 : name == "avx2" ? Isa::kAvx2 : Isa::kPortable;
-  STD_TORCH_CHECK(supported(isa), "FUSED_RNN_CPU_ISA is '", name,
-                  "', which this processor does not have");
-  return isa;
+  STD_TORCH_CHECK(false, "FUSED_RNN_CPU_ISA is '", wanted,
+                  "'; it can be amx, avx512, avx2 or portable, or unset for the best available");
 }
 
 }  // namespace
@@ -72,10 +90,12 @@ Isa chosen_isa() {
   return isa;
 }
 
+bool has_tiles() { return chosen_isa() == Isa::kAmx; }
+
 const Kernels& chosen_kernels() {
 #if defined(__x86_64__)
   const Isa isa = chosen_isa();
-  if (isa == Isa::kAvx512) return kKernelsAvx512;
+  if (isa == Isa::kAvx512 || isa == Isa::kAmx) return kKernelsAvx512;
   if (isa == Isa::kAvx2) return kKernelsAvx2;
 #else
   chosen_isa();

@@ -40,31 +40,40 @@ struct State {
   }
 };
 
-// The packed weights of a phase, of all stack entries; none where depth is 0.
+// The packed weights of a phase, of all stack entries; none where depth is 0. For the tile unit
+// where this takes them (`tiles`: may take them): then so many parts of each.
 template <class T>
 struct Panels {
   Weights weights{};
   int64_t entry = 0;  // stride of the stack in the weights' elements
   Blocks blocks;
-  T* data = nullptr;  // [S][depth * blocks.row_elements()]
+  int parts = 0;
+  T* data = nullptr;  // [S][elements()]
 
   Panels() = default;
   // Gate g, unit u, column k of entry s is w.data[s * entry + offset + g * gate + u * unit + k *
   // column].
   Panels(Workspace<T>& memory, const Layer& layer, const Rows& w, int64_t offset, int gates,
-         int64_t units, int64_t depth, int64_t gate, int64_t unit, int64_t column)
+         int64_t units, int64_t depth, int64_t gate, int64_t unit, int64_t column,
+         bool tiles = true)
       : entry(w.entry), blocks(gates, Vec<T>::kWidth, units) {
+    if (kHasTiles && sizeof(T) == 4 && tiles) parts = scan_parts(layer, w.dtype, depth);
     const char* start = static_cast<const char*>(w.data) + offset * size_of(w.dtype);
     weights = Weights{start, w.dtype, gates, units, depth, gate, unit, column};
     data = memory.take(layer.stack * elements());
   }
   FN int64_t depth() const { return weights.depth; }
-  FN int64_t elements() const { return depth() * blocks.row_elements(); }
+  FN int64_t elements() const {
+    if (parts > 0) return blocks.count * tile_block_bytes(depth(), parts) / 4;
+    return depth() * blocks.row_elements();
+  }
   FN int vectors(int64_t block) const { return blocks.depth_vectors(block) * weights.gates; }
   FN T* at(int64_t s, int64_t block) const {
+    if (parts > 0) return data + (s * blocks.count + block) * (elements() / blocks.count);
     return data + s * elements() + blocks.row_offset(block) * depth();
   }
   void pack(int64_t s, int64_t block) const {
+    if (parts > 0) return pack_tile_block(weights, s * entry, blocks, block, at(s, block));
     pack_panel(weights, s * entry, blocks, block, at(s, block));
   }
 };
@@ -100,10 +109,6 @@ void parallel(int64_t count, bool threads, const Function& function) {
   parallel_tasks(
       count, [](void* context, int64_t i) { (*static_cast<const Function*>(context))(i); },
       const_cast<Function*>(&function));
-}
-
-FN int lanes_at(int64_t units, int64_t u, int width) {
-  return units - u < width ? static_cast<int>(units - u) : width;
 }
 
 // Whether the tensors of K values a unit that a scan leaves for later go past the caches: those too
@@ -171,19 +176,29 @@ class Runner {
   explicit Runner(const Scan& scan)
       : scan_(scan),
         layer_(scan.layer),
-        direct_(layer_.steps == 1 && layer_.batch <= kDirectRows && usable_unpacked()) {}
+        direct_(layer_.steps == 1 && layer_.batch <= kDirectRows && usable_unpacked()),
+        tiles_(kHasTiles && scan.phase[0].recurrent.parts > 0) {}
 
   void run() {
     if (layer_.batch == 0 || layer_.stack == 0) return;
     const Split split = wanted_ = choose(thread_count());
+    Workspace<char> memory;
+    if (tiles_) {
+      const int64_t rows = (layer_.batch + split.chunks - 1) / split.chunks;
+      for (int p = 0; p < scan_.phases; ++p) {
+        const int64_t bytes = TileOperand::bytes(rows, scan_.phase[p].recurrent.depth());
+        if (bytes > operand_bytes_) operand_bytes_ = bytes;
+      }
+      operands_ = memory.take(split.members * operand_bytes_);
+    }
     const auto member = [](void* self, int64_t rank, int64_t members) {
       static_cast<Runner*>(self)->work(rank, members);
     };
     if (split.members == 1) {
       work(0, 1);
     } else {
-      Workspace<Meeting> memory;
-      meetings_ = memory.take(split.members + 1);  // a group's; the last of all members
+      Workspace<Meeting> meetings;
+      meetings_ = meetings.take(split.members + 1);  // a group's; the last of all members
       for (int64_t i = 0; i <= split.members; ++i) meetings_[i] = Meeting{};
       run_together(split.members, member, this);
     }
@@ -244,11 +259,22 @@ class Runner {
     const double bytes = step_bytes(slices);
     double rate = bytes < kCacheFilled * l2_bytes() ? kCacheBytesPerSecond : kMemoryBytesPerSecond;
     if (direct_ && rate > kDirectBytesPerSecond) rate = kDirectBytesPerSecond;
-    const double compute = 2 * rows * bytes / sizeof(T) / kFlopsPerSecond<T>,
-                 traffic = bytes / rate;
+    const double compute = product_seconds(rows, slices, bytes), traffic = bytes / rate;
     const double gates = rows * layer_.hidden * kGateSeconds * (sizeof(T) / 4) / slices;
     const double more = gradients() ? gradients()->row_seconds() * rows / slices : 0;
     return (compute > traffic ? compute : traffic) + gates + more;
+  }
+
+  // The products of a step, of `bytes` of weights.
+  double product_seconds(int64_t rows, int64_t slices, double bytes) const {
+    if (!tiles_) return 2 * rows * bytes / sizeof(T) / kFlopsPerSecond<T>;
+    double seconds = 0;
+    for (int p = 0; p < scan_.phases; ++p) {
+      const Panels<T>& w = scan_.phase[p].recurrent;
+      const double columns = static_cast<double>(w.blocks.row_elements()) / slices;
+      seconds += tile_seconds(rows, w.depth(), columns, w.parts);
+    }
+    return seconds;
   }
 
   bool usable_unpacked() const {
@@ -261,14 +287,20 @@ class Runner {
     return true;
   }
 
+  // Where there are fewer members than were wanted. (One has the memory for all rows.)
+  Split with_fewer(int64_t members) const { return choose(tiles_ ? 1 : members); }
+
   // What one of so many threads does, all of which run at the same time.
   void work(int64_t rank, int64_t members) {
-    const Split split = members == wanted_.members ? wanted_ : choose(members);
+    const Split split = members == wanted_.members ? wanted_ : with_fewer(members);
     const int64_t stack = layer_.stack, batch = layer_.batch, groups = stack * split.chunks;
     if (rank >= split.members) return;
     pack(split, rank);
     if (split.members > 1) meet(meetings_[0], split.members);
     const int64_t slices = split.slices;
+    const TileUnit unit(tiles_);
+    TileOperand operand;
+    if (tiles_) operand.data = operands_ + rank * operand_bytes_;
     for (int64_t g = rank / slices; g < groups; g += split.members / slices) {
       const int64_t chunk = g % split.chunks;
       const Share share{g / split.chunks,
@@ -278,7 +310,9 @@ class Runner {
                         slices,
                         meetings_ + rank / slices * slices,
                         step_bytes(slices) > kCacheFilled * l2_bytes(),
-                        Kept{}};
+                        Kept{},
+                        &unit,
+                        &operand};
       const uint64_t arrived = g == 0 && slices > 1 ? split.members : 0;
       if constexpr (Scan::kBackward) {
         if (scan_.gradients != nullptr) {
@@ -332,6 +366,8 @@ class Runner {
     Meeting* meeting;
     bool asks;  // for weights before their use, which are beyond the second-level cache
     Kept kept;  // where a backward step leaves the gates' gradients
+    const TileUnit* unit;
+    TileOperand* operand;  // of the phase at hand, for the unit
   };
 
   // A share, start to end; `arrived` have met before.
@@ -371,6 +407,13 @@ class Runner {
     const int64_t first = count * share.slice / share.slices;
     const int64_t all = count * (share.slice + 1) / share.slices - first;
     const auto block = [&](int64_t k) FN_LAMBDA { return first + (i & 1 ? all - 1 - k : k); };
+    if constexpr (kHasTiles && sizeof(T) == 4) {
+      const Phase<T>& phase = scan_.phase[p];
+      if (tiles_ && !(Scan::kBackward && p == 0 && i == 0)) {
+        share.operand->take(phase.operand.row(share.s, share.from, phase.alternating ? i & 1 : 0),
+                            phase.operand.ld, share.to - share.from, phase.recurrent.depth());
+      }
+    }
     for (int64_t k = 0; k < all; ++k) {
       tiles(p, i, share, block(k), block(k + 1 < all ? k + 1 : k));
     }
@@ -415,7 +458,7 @@ class Runner {
         direct_product<T>(static_cast<int>(to - from), w_ih.weights, s * w_ih.entry, w_ih.blocks,
                           block, scan_.input_row(t, from), scan_.input.x.row, projected);
       } else if (projects) {
-        multiply(w_ih, share.asks, t, s, block, scan_.input_row(t, from), scan_.input.x.row, own,
+        multiply(w_ih, share, t, s, block, scan_.input_row(t, from), scan_.input.x.row, own,
                  from, multiplied, projected, [](int64_t, int64_t) FN_LAMBDA {});
       }
       if (projects) {
@@ -430,7 +473,7 @@ class Runner {
       direct_product<T>(static_cast<int>(to - from), w.weights, s * w.entry, w.blocks, block,
                         operand, phase.operand.ld, sums);
     } else {
-      multiply(w, share.asks, t, s, block, operand, phase.operand.ld, following, from, multiplied,
+      multiply(w, share, t, s, block, operand, phase.operand.ld, following, from, multiplied,
                sums, ahead);
     }
     if constexpr (Scan::kBackward) {
@@ -454,12 +497,24 @@ class Runner {
   // sums[b - from] = row b of an operand, which begins with row `from`, times a block of weights.
   // ask(b, c) is called once for all rows, some at a time; `next` are the weights used next.
   template <class Ask>
-  FN void multiply(const Panels<T>& w, bool asks, int64_t t, int64_t s, int64_t block,
+  FN void multiply(const Panels<T>& w, const Share& share, int64_t t, int64_t s, int64_t block,
                    const T* operand, int64_t ld, const T* next, int64_t from, int64_t to, T* sums,
                    const Ask& ask) const {
     if (from == to) return;
     const int vectors = w.vectors(block);
     const int64_t width = vectors * Vec<T>::kWidth, depth = w.depth();
+    if constexpr (kHasTiles && sizeof(T) == 4) {
+      if (w.parts > 0) {
+        for (int64_t first = from; first < to; first += kPanelItems) {
+          const int rows = lanes_at(to, first, kPanelItems);
+          ask(first, first + rows);
+          if (!Scan::kBackward && !any_active(t, first, rows)) continue;
+          multiply_tiles(*share.unit, *share.operand, first - share.from, rows, vectors, w.parts,
+                         w.at(s, block), next, sums + (first - from) * width);
+        }
+        return;
+      }
+    }
     // Tiles as even as can be: a remainder of one row would run at a fraction of the speed.
     const int64_t count = (to - from + kTileRows[vectors] - 1) / kTileRows[vectors];
     const int64_t each = (to - from) / count, larger = (to - from) % count;
@@ -480,7 +535,7 @@ class Runner {
         // Sums of rows that have ended are whatever was there, and not looked at.
         if (Scan::kBackward || any_active(t, from + first, rows)) {
           Ahead ahead;
-          if (asks) ahead = Ahead(after, deep * width * sizeof(T), count, tile, deep);
+          if (share.asks) ahead = Ahead(after, deep * width * sizeof(T), count, tile, deep);
           tile_product<T>(rows, vectors, operand + first * ld + k, ld, 1, panel + k * width, deep,
                           sums + first * width, k > 0, ahead);
         }
@@ -510,6 +565,9 @@ class Runner {
   const Scan& scan_;
   const Layer& layer_;
   const bool direct_;  // weights are multiplied by where they are
+  const bool tiles_;   // on the tile unit
+  int64_t operand_bytes_ = 0;  // of a member, in operands_
+  char* operands_ = nullptr;
   Split wanted_;
   Meeting* meetings_ = nullptr;
 };

@@ -275,6 +275,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backwar
     p.a = Matrix{gradients.at(s * width * size), acc, 0, all, 1};
     const void* from = static_cast<char*>(data_of(w)) + s * width * step.inputs * size_of(io);
     p.right[0] = Right{step.inputs, Matrix{from, io, 0, step.inputs, 1}, {}, into(dx, 0), s > 0};
+    p.many = many_rows(l.steps, io);
     chosen_kernels().matmul(p, acc);
   }
   // The gradients of a weight [n, columns] of entry s, from gate gradients `from` of which rows are
@@ -284,7 +285,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backwar
                            const Right& also) {
     Matmul p;
     p.n = 1, p.m = n, p.k = step.rows, p.a = Matrix{from, acc, 0, 1, row};
-    p.right[0] = of, p.right[1] = also;
+    p.right[0] = of, p.right[1] = also, p.many = true;
     chosen_kernels().matmul(p, acc);
   };
   const RowsInOrder order(sequence.rows, l.steps, l.batch);

@@ -25,6 +25,7 @@ struct Matmul {
   int64_t n = 0, m = 0, k = 0;
   Matrix a;        // [N, M, K]
   Right right[2];  // the second may have no columns
+  bool many = false;  // may go by the tile unit, whose bits are others: said without the batch
 };
 
 // out[column] = the sum of a column of data [rows, columns], contiguous, all of the arithmetic's
@@ -74,7 +75,17 @@ struct Kernels {
   void (*column_sums)(const ColumnSums&, DType dtype);
 };
 
-enum class Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+// Whether the compiler knows AMX, which only Linux lets a process ask for.
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
+#define FUSED_RNN_HAS_AMX 1
+#else
+#define FUSED_RNN_HAS_AMX 0
+#endif
+
+enum class Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
+
+// Whether kernels may use the tile unit (AMX), which those of AVX-512 know.
+bool has_tiles();
 
 // The instruction set in use: the best this machine has, or what FUSED_RNN_CPU_ISA names.
 Isa chosen_isa();
