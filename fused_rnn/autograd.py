@@ -114,7 +114,7 @@ def project(spec: LayerSpec, x: Tensor, w_ih: Tensor | None, bias: Tensor | None
         # Whether other layouts come out of reshape as views hangs on the number of rows, and on the
         # layout the kernel does, and with it a row's bits.
         rows_of_x = rows_of_x.contiguous()
-    gates_x = _operators(spec, rows_of_x, w_ih, bias)["matmul"](rows_of_x, w_ih.mT, bias)
+    gates_x = _operators(spec, rows_of_x, w_ih, bias)["matmul"](rows_of_x, w_ih.mT, bias, steps)
     if batch_first:
         return gates_x.view(rows, steps, stack, width).transpose(0, 1)
     return gates_x.view(steps, rows, stack, width)
@@ -319,7 +319,7 @@ def layer_gradients(
     def over_steps(left: Tensor, right: Tensor) -> Tensor:
         """sum over t, b of left [T, B, S, M] outer right [T, B, S, N] -> [S, M, N]."""
         left, right = merge_rows(left), merge_rows(right)
-        return op["matmul"](left.permute(1, 2, 0), right.transpose(0, 1), None)
+        return op["matmul"](left.permute(1, 2, 0), right.transpose(0, 1), None, left.shape[2])
 
     def summed(values: Tensor) -> Tensor:
         """sum over t, b of [T, B, S, N] -> [S, N], in the same bits for any number of threads."""
@@ -337,9 +337,8 @@ def layer_gradients(
         if w_ih is None:
             dx = dgates
         else:
-            dx = op["matmul"](dgates.reshape(1, -1, width), w_ih.reshape(1, width, -1), None).view(
-                x.shape
-            )
+            rows = dgates.reshape(1, -1, width)
+            dx = op["matmul"](rows, w_ih.reshape(1, width, -1), None, len(dgates)).view(x.shape)
     if want.w_ih:
         x = _without_padding(x, flags if spec.ragged else None)
         columns = dgates.reshape(*dgates.shape[:2], 1, width)

@@ -100,7 +100,7 @@ def _fake_rnn_backward(dy, dh_n, w_hh, y, flags, reverse, relu):
     )
 
 
-def _fake_matmul(a, b, bias):
+def _fake_matmul(a, b, bias, least=1):
     return a.new_empty((a.shape[0], a.shape[1], b.shape[2]), dtype=ACC_DTYPE[a.dtype])
 
 
@@ -236,13 +236,13 @@ def _scan_vmap(op, spec):
 
 
 def _matmul_vmap(op):
-    def rule(info, in_dims, a, b, bias):
+    def rule(info, in_dims, a, b, bias, least=1):
         size = info.batch_size
         if in_dims[1] is None and in_dims[2] is None:  # more rows for the same matrix
-            return _unfold(op(_fold(a, in_dims[0], 1, size), b, bias), 1, size), 1
+            return _unfold(op(_fold(a, in_dims[0], 1, size), b, bias, least), 1, size), 1
         a, b = _fold(a, in_dims[0], 0, size), _fold(b, in_dims[1], 0, size)
         bias = None if bias is None else _fold(bias, in_dims[2], 0, size)
-        return _unfold(op(a, b, bias), 0, size), 0
+        return _unfold(op(a, b, bias, least), 0, size), 0
 
     return rule
 
@@ -265,7 +265,8 @@ def define_family(backend: str) -> None:
     for name, spec in OPERATORS.items():
         qualname, op = define(name, spec.schema, spec.fake)
         torch.library.register_vmap(qualname, _scan_vmap(op, spec), lib=_library)
-    qualname, op = define("matmul", "(Tensor a, Tensor b, Tensor? bias) -> Tensor", _fake_matmul)
+    schema = "(Tensor a, Tensor b, Tensor? bias, int least=1) -> Tensor"
+    qualname, op = define("matmul", schema, _fake_matmul)
     torch.library.register_vmap(qualname, _matmul_vmap(op), lib=_library)
     _families[backend] = family
 

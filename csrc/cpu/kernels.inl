@@ -1,6 +1,6 @@
 // The kernels of one instruction set. Each kernels_<isa>.cpp switches the compiler to its
-// instruction set, defines FUSED_RNN_ISA, FUSED_RNN_REGISTERS and, for AMX, FUSED_RNN_HAS_TILES, and
-// includes this file once.
+// instruction set, defines FUSED_RNN_ISA, FUSED_RNN_REGISTERS and, for AMX, FUSED_RNN_HAS_TILES,
+// and includes this file once.
 //
 // Nothing here may use a template or inline function of a library: the linker keeps one copy of
 // each, and it could be the copy compiled for instructions the machine does not have.

@@ -1,5 +1,5 @@
-// The kernels for x86-64 with AVX-512 (F, BW, DQ, VL), and AMX (bfloat16) where has_tiles() says so:
-// no compiler uses it of its own accord.
+// The kernels for x86-64 with AVX-512 (F, BW, DQ, VL), and AMX (bfloat16) where has_tiles() says
+// so: no compiler uses it of its own accord.
 #if defined(__x86_64__)
 #include <immintrin.h>
 

@@ -1,7 +1,6 @@
 // What the operators of whole layers share: memory, the input projection, a scan of any cell.
 #pragma once
 
-#include <cstdlib>
 #include "types.h"
 #include "waist/operators.h"
 
@@ -51,10 +50,6 @@ struct RowsInOrder {
         row(batch_first || batch == 1 ? x.step : x.row) {}
 };
 
-// Whether a product of a layer's rows has many, be the batch what it may: of as many steps as pay
-// for cutting a weight of that dtype into parts.
-inline bool many_rows(int64_t steps, DType weight) { return steps >= (size_of(weight) == 2 ? 2 : 16); }
-
 // bias [n] of acc = b_ih + b_hh, of which last the first `folded` values count: the GRU's others
 // belong inside its recurrence.
 inline void add_biases(const void* b_ih, const void* b_hh, DType io, int64_t n, int64_t folded,
@@ -99,7 +94,7 @@ struct AnyForward {
     };
     for (int64_t s = 0; s < layer.stack; ++s) {
       Matmul p;
-      p.n = 1, p.m = all, p.k = input.size, p.many = many_rows(layer.steps, input.w_ih.dtype);
+      p.n = 1, p.m = all, p.k = input.size, p.least = layer.steps;
       p.a = Matrix{input.x.data, input.x.dtype, 0, order.row, 1};
       Right& r = p.right[0];
       r.l = width, r.out = projected.at(s * entry * size_of(acc));
@@ -119,13 +114,15 @@ struct AnyForward {
   // spares the threads a meeting.
   bool projects_itself(int64_t width, DType acc) const {
     if (input.size == 0 || input.size > kMaxInput) return false;
-    if (getenv("NOSELF") && layer.steps>=16) return false;
-    if (input.x.dtype != acc || input.w_ih.dtype != acc) return false;
+    const DType io = input.w_ih.dtype;
+    const bool tiles =
+        scan_by_tiles(layer.steps, io, input.size < layer.out ? input.size : layer.out);
+    if (input.x.dtype != io || (io != acc && !tiles)) return false;
     if (layer.steps == 1 && layer.batch <= kDirectRows) return true;
     if (layer.steps * layer.batch <= kDirectRows) return false;
     const int64_t threads = thread_count(), stack = layer.stack;
     const int64_t rows = layer.batch / (threads > stack ? threads / stack : 1);
-    const int64_t bytes = width * (layer.out + input.size) * size_of(acc);
+    const int64_t bytes = width * (layer.out + input.size) * size_of(io);
     return rows >= 6 && (bytes <= kCacheFilled * l2_bytes() || rows >= 32);
   }
 

@@ -278,7 +278,6 @@ class Product {
   Meeting meeting_;
 };
 
-
 template <class T>
 void run_matmul(const Matmul& p) {
   if (p.n == 0 || p.m == 0 || p.right[0].l + p.right[1].l == 0) return;

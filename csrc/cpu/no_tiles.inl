@@ -10,7 +10,7 @@ struct TileUnit {
 struct TileOperand {
   char* data = nullptr;
   static int64_t bytes(int64_t, int64_t) { return 0; }
-  void take(const float*, int64_t, int64_t, int64_t) {}
+  void take(const void*, DType, int64_t, int64_t, int64_t, int64_t) {}
 };
 FN int scan_parts(const Layer&, DType, int64_t) { return 0; }
 FN int64_t tile_block_bytes(int64_t, int) { return 0; }

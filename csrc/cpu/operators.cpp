@@ -103,10 +103,10 @@ Matrix matrix(const char* name, const Tensor& t, DType acc) {
   return Matrix{data, dtype, t.stride(0), t.dim() == 3 ? t.stride(1) : 0, t.stride(t.dim() - 1)};
 }
 
-Tensor matmul(const Tensor& a, const Tensor& b, const MaybeTensor& bias) {
+Tensor matmul(const Tensor& a, const Tensor& b, const MaybeTensor& bias, int64_t least) {
   check_shape("a", a, {kAny, kAny, kAny}, "[N, M, K]", a);
   Matmul p;
-  p.n = a.size(0), p.m = a.size(1), p.k = a.size(2);
+  p.n = a.size(0), p.m = a.size(1), p.k = a.size(2), p.least = least;
   check_shape("b", b, {p.n, p.k, kAny}, "[N, K, L]", a);
   Right& r = p.right[0];
   r.l = b.size(2);

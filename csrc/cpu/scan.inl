@@ -84,6 +84,11 @@ struct Phase {
   State<T> operand;                 // [S, B, depth]
   bool alternating;                 // the operand is the state of the step's parity
 
+  // The longer of its operands.
+  FN int64_t depth() const {
+    const int64_t own = recurrent.depth(), also = projection.depth();
+    return own > also ? own : also;
+  }
   // Weights that a step reads, of one entry.
   FN int64_t elements() const { return recurrent.elements() + projection.elements(); }
 };
@@ -183,14 +188,7 @@ class Runner {
     if (layer_.batch == 0 || layer_.stack == 0) return;
     const Split split = wanted_ = choose(thread_count());
     Workspace<char> memory;
-    if (tiles_) {
-      const int64_t rows = (layer_.batch + split.chunks - 1) / split.chunks;
-      for (int p = 0; p < scan_.phases; ++p) {
-        const int64_t bytes = TileOperand::bytes(rows, scan_.phase[p].recurrent.depth());
-        if (bytes > operand_bytes_) operand_bytes_ = bytes;
-      }
-      operands_ = memory.take(split.members * operand_bytes_);
-    }
+    if (tiles_) operands_ = memory.take(split.members * 2 * operand_bytes(split));
     const auto member = [](void* self, int64_t rank, int64_t members) {
       static_cast<Runner*>(self)->work(rank, members);
     };
@@ -217,6 +215,16 @@ class Runner {
   struct Split {
     int64_t chunks = 1, slices = 1, members = 1;
   };
+
+  // What one of a member's two operands takes for the tile unit.
+  int64_t operand_bytes(const Split& split) const {
+    int64_t depth = 0;
+    for (int p = 0; p < scan_.phases; ++p) {
+      const int64_t own = scan_.phase[p].depth();
+      if (own > depth) depth = own;
+    }
+    return TileOperand::bytes((layer_.batch + split.chunks - 1) / split.chunks, depth);
+  }
 
   // The split of least predicted time.
   Split choose(int64_t threads) const {
@@ -262,7 +270,9 @@ class Runner {
     const double compute = product_seconds(rows, slices, bytes), traffic = bytes / rate;
     const double gates = rows * layer_.hidden * kGateSeconds * (sizeof(T) / 4) / slices;
     const double more = gradients() ? gradients()->row_seconds() * rows / slices : 0;
-    return (compute > traffic ? compute : traffic) + gates + more;
+    // (The tile unit waits for weights, the other one asks for them meanwhile.)
+    const double product = tiles_ ? compute + traffic : compute > traffic ? compute : traffic;
+    return product + gates + more;
   }
 
   // The products of a step, of `bytes` of weights.
@@ -287,7 +297,8 @@ class Runner {
     return true;
   }
 
-  // Where there are fewer members than were wanted. (One has the memory for all rows.)
+  // Where there are fewer members than were wanted. (One has the memory of all for its operands,
+  // of all rows.)
   Split with_fewer(int64_t members) const { return choose(tiles_ ? 1 : members); }
 
   // What one of so many threads does, all of which run at the same time.
@@ -299,8 +310,12 @@ class Runner {
     if (split.members > 1) meet(meetings_[0], split.members);
     const int64_t slices = split.slices;
     const TileUnit unit(tiles_);
-    TileOperand operand;
-    if (tiles_) operand.data = operands_ + rank * operand_bytes_;
+    TileOperand state, input;
+    if (tiles_) {
+      const int64_t bytes = operand_bytes(split);
+      state.data = operands_ + 2 * rank * bytes;
+      input.data = state.data + bytes;
+    }
     for (int64_t g = rank / slices; g < groups; g += split.members / slices) {
       const int64_t chunk = g % split.chunks;
       const Share share{g / split.chunks,
@@ -312,7 +327,8 @@ class Runner {
                         step_bytes(slices) > kCacheFilled * l2_bytes(),
                         Kept{},
                         &unit,
-                        &operand};
+                        &state,
+                        &input};
       const uint64_t arrived = g == 0 && slices > 1 ? split.members : 0;
       if constexpr (Scan::kBackward) {
         if (scan_.gradients != nullptr) {
@@ -367,7 +383,7 @@ class Runner {
     bool asks;  // for weights before their use, which are beyond the second-level cache
     Kept kept;  // where a backward step leaves the gates' gradients
     const TileUnit* unit;
-    TileOperand* operand;  // of the phase at hand, for the unit
+    TileOperand *state, *input;  // the operands of the phase at hand, for the unit
   };
 
   // A share, start to end; `arrived` have met before.
@@ -407,15 +423,25 @@ class Runner {
     const int64_t first = count * share.slice / share.slices;
     const int64_t all = count * (share.slice + 1) / share.slices - first;
     const auto block = [&](int64_t k) FN_LAMBDA { return first + (i & 1 ? all - 1 - k : k); };
-    if constexpr (kHasTiles && sizeof(T) == 4) {
-      const Phase<T>& phase = scan_.phase[p];
-      if (tiles_ && !(Scan::kBackward && p == 0 && i == 0)) {
-        share.operand->take(phase.operand.row(share.s, share.from, phase.alternating ? i & 1 : 0),
-                            phase.operand.ld, share.to - share.from, phase.recurrent.depth());
-      }
-    }
+    if (tiles_) take_operands(p, i, share);
     for (int64_t k = 0; k < all; ++k) {
       tiles(p, i, share, block(k), block(k + 1 < all ? k + 1 : k));
+    }
+  }
+
+  // A share's rows of what a phase multiplies, for the tile unit.
+  void take_operands(int p, int64_t i, const Share& share) const {
+    const Phase<T>& phase = scan_.phase[p];
+    const int64_t rows = share.to - share.from;
+    if (!Scan::kBackward || p > 0 || i > 0) {
+      const T* from = phase.operand.row(share.s, share.from, phase.alternating ? i & 1 : 0);
+      share.state->take(from, kNative<T>, 0, phase.operand.ld, rows, phase.recurrent.depth());
+    }
+    if constexpr (!Scan::kBackward) {
+      if (phase.projection.depth() == 0) return;
+      const Rows& x = scan_.input.x;
+      share.input->take(x.data, x.dtype, step_at(i, share.s) * x.step + share.from * x.row, x.row,
+                        rows, phase.projection.depth());
     }
   }
 
@@ -458,8 +484,8 @@ class Runner {
         direct_product<T>(static_cast<int>(to - from), w_ih.weights, s * w_ih.entry, w_ih.blocks,
                           block, scan_.input_row(t, from), scan_.input.x.row, projected);
       } else if (projects) {
-        multiply(w_ih, share, t, s, block, scan_.input_row(t, from), scan_.input.x.row, own,
-                 from, multiplied, projected, [](int64_t, int64_t) FN_LAMBDA {});
+        multiply(w_ih, share, share.input, t, s, block, scan_.input_row(t, from), scan_.input.x.row,
+                 own, from, multiplied, projected, [](int64_t, int64_t) FN_LAMBDA {});
       }
       if (projects) {
         scan_.add_bias(s, u, units, (direct_ ? to : multiplied) - from, projected);
@@ -473,8 +499,8 @@ class Runner {
       direct_product<T>(static_cast<int>(to - from), w.weights, s * w.entry, w.blocks, block,
                         operand, phase.operand.ld, sums);
     } else {
-      multiply(w, share, t, s, block, operand, phase.operand.ld, following, from, multiplied,
-               sums, ahead);
+      multiply(w, share, share.state, t, s, block, operand, phase.operand.ld, following, from,
+               multiplied, sums, ahead);
     }
     if constexpr (Scan::kBackward) {
       if (finishing) {
@@ -497,9 +523,9 @@ class Runner {
   // sums[b - from] = row b of an operand, which begins with row `from`, times a block of weights.
   // ask(b, c) is called once for all rows, some at a time; `next` are the weights used next.
   template <class Ask>
-  FN void multiply(const Panels<T>& w, const Share& share, int64_t t, int64_t s, int64_t block,
-                   const T* operand, int64_t ld, const T* next, int64_t from, int64_t to, T* sums,
-                   const Ask& ask) const {
+  FN void multiply(const Panels<T>& w, const Share& share, const TileOperand* cut, int64_t t,
+                   int64_t s, int64_t block, const T* operand, int64_t ld, const T* next,
+                   int64_t from, int64_t to, T* sums, const Ask& ask) const {
     if (from == to) return;
     const int vectors = w.vectors(block);
     const int64_t width = vectors * Vec<T>::kWidth, depth = w.depth();
@@ -509,7 +535,7 @@ class Runner {
           const int rows = lanes_at(to, first, kPanelItems);
           ask(first, first + rows);
           if (!Scan::kBackward && !any_active(t, first, rows)) continue;
-          multiply_tiles(*share.unit, *share.operand, first - share.from, rows, vectors, w.parts,
+          multiply_tiles(*share.unit, *cut, first - share.from, rows, vectors, w.parts,
                          w.at(s, block), next, sums + (first - from) * width);
         }
         return;
@@ -564,10 +590,9 @@ class Runner {
 
   const Scan& scan_;
   const Layer& layer_;
-  const bool direct_;  // weights are multiplied by where they are
-  const bool tiles_;   // on the tile unit
-  int64_t operand_bytes_ = 0;  // of a member, in operands_
-  char* operands_ = nullptr;
+  const bool direct_;         // weights are multiplied by where they are
+  const bool tiles_;          // on the tile unit
+  char* operands_ = nullptr;  // of all members
   Split wanted_;
   Meeting* meetings_ = nullptr;
 };

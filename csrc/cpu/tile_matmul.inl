@@ -2,26 +2,30 @@
 // matmul.inl.
 // Included inside the instruction set's anonymous namespace; see kernels.inl.
 
-constexpr int64_t kSliceDepth = 128;   // both operands' slices of a panel fit the L1
-constexpr int64_t kGroupPanels = 8;    // rows of a chunk that stay in the L2: 768 KiB in float32
+constexpr int64_t kSliceDepth = 128;  // both operands' slices of a panel fit the L1
+constexpr int64_t kGroupPanels = 8;   // rows of a chunk that stay in the L2: 768 KiB in float32
 static_assert(kChunkK % kSliceDepth == 0, "the order of sums must not depend on the chunks");
 
-// What makes it worth while, beside many rows: packing takes as long as some 30 columns.
-constexpr int64_t kLeastDepth = 32, kLeastColumns = 64;
+// What makes it worth while: whole tiles, and columns that pay for packing the rows. Weights of 16
+// bits are packed in any case.
+constexpr int64_t kLeastRows = 16, kLeastColumns = 32;
 
 class TileProduct {
  public:
   explicit TileProduct(const Matmul& p)
       : p_(p),
-        terms_(parts_of(p.a.dtype), parts_of(p.right[0].b.dtype)),
+        terms_(parts_beside(p.right[0].b.dtype, p.a.dtype),
+               parts_beside(p.a.dtype, p.right[0].b.dtype)),
         rows_((p.m + kPanelItems - 1) / kPanelItems),
         first_columns_((p.right[0].l + kPanelItems - 1) / kPanelItems),
         columns_(first_columns_ + (p.right[1].l + kPanelItems - 1) / kPanelItems) {}
 
   static bool takes(const Matmul& p) {
-    if (!p.many || !has_tiles()) return false;
-    if (p.right[1].l > 0 && p.right[1].b.dtype != p.right[0].b.dtype) return false;
-    return p.k >= kLeastDepth && p.right[0].l + p.right[1].l >= kLeastColumns;
+    const Right &r = p.right[0], &also = p.right[1];
+    if (!has_tiles() || p.k < kTileDepth || (also.l > 0 && also.b.dtype != r.b.dtype)) return false;
+    // (Where a scan projects itself it uses the unit, and so does this in its place.)
+    if (scan_by_tiles(p.least, r.b.dtype, p.k)) return true;
+    return p.least >= kLeastRows && r.l + also.l >= kLeastColumns;
   }
 
   void run() {
@@ -85,7 +89,7 @@ class TileProduct {
                            n * p_.a.batch + row * kPanelItems * p_.a.row + at * p_.a.column,
                            p_.a.row, p_.a.column};
             pack_items<true>(of, lanes_at(p_.m, row * kPanelItems, kPanelItems), deep,
-                             left + (row - r) * left_panel_);
+                             terms_.parts_a, left + (row - r) * left_panel_);
           }
           for (int64_t c = begin; c < end; ++c) panels(unit, n, at, deep, r, until, c, left);
         }
@@ -105,7 +109,8 @@ class TileProduct {
     const int64_t l = column_of(column);
     const Items of{r.b.data, r.b.dtype, n * r.b.batch + at * r.b.row + l * r.b.column, r.b.column,
                    r.b.row};
-    pack_items<false>(of, lanes_at(r.l, l, kPanelItems), deep, right_ + column * right_panel_);
+    pack_items<false>(of, lanes_at(r.l, l, kPanelItems), deep, terms_.parts_b,
+                      right_ + column * right_panel_);
   }
 
   // Panels [from, to) of rows, which are packed, by one of columns.
@@ -147,7 +152,7 @@ class TileProduct {
 
   const Matmul& p_;
   const Terms terms_;
-  const int64_t rows_, first_columns_, columns_;  // panels
+  const int64_t rows_, first_columns_, columns_;             // panels
   int64_t left_panel_ = 0, right_panel_ = 0, own_left_ = 0;  // bytes
   char *left_ = nullptr, *right_ = nullptr;
   Meeting meeting_;

@@ -2,7 +2,8 @@
 // Included inside the instruction set's anonymous namespace; see kernels.inl.
 //
 // The unit multiplies bfloat16 and adds in float32. An operand is cut into parts of 8 bits, high
-// to low, whose sum it is: float32 has three, float16 two, bfloat16 is one. Of the products of
+// to low, whose sum it is: float32 has three, float16 two, bfloat16 is one. (Two of float32 do, to
+// 2^-17, beside an operand of 16 bits.) Of the products of
 // parts those are left out that are below the rounding of float32 (2^-25 of a term). So float32
 // takes six products where the vector unit takes one, of a unit 16 times as fast.
 //
@@ -14,12 +15,16 @@ constexpr bool kHasTiles = true;
 
 constexpr int64_t kTileItems = 16, kTileDepth = 32;  // rows or columns of a tile, and along k
 constexpr int64_t kTileRow = kTileDepth * 2, kTileBytes = kTileItems * kTileRow;
-constexpr int64_t kAhead = 128;  // bytes
+constexpr int64_t kAhead = 128;                                                // bytes
 constexpr int64_t kPanelItems = 2 * kTileItems, kPanelBytes = 2 * kTileBytes;  // of a part
 FN int64_t whole(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
 
 FN int parts_of(DType dtype) {
   return dtype == DType::kBFloat16 ? 1 : dtype == DType::kFloat16 ? 2 : 3;
+}
+FN int parts_beside(DType other, DType dtype) {
+  const int parts = parts_of(dtype);
+  return parts == 3 && size_of(other) == 2 ? 2 : parts;
 }
 
 // Which parts are multiplied, in an order in which few have to be loaded anew.
@@ -80,9 +85,9 @@ FN __m512i pairs_across(__m512i first, __m512i second) {
 }
 // Lane l: the bfloat16 of values 2 l and 2 l + 1 of the 32.
 FN __m512i pairs_along(__m512i first, __m512i second) {
-  alignas(64) static constexpr uint16_t kUpper[32] = {
-      1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
-      33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  alignas(64) static constexpr uint16_t kUpper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                                                      23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
+                                                      45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
   return _mm512_permutex2var_epi16(first, _mm512_load_si512(kUpper), second);
 }
 
@@ -104,9 +109,8 @@ FN VecF load_items(const void* data, int64_t at, int n) {
 // The tiles of 16 items, `lanes` of which there are, and of 32 terms, `deep` of which there are,
 // one for each part, kPanelBytes apart; zero elsewhere. A left operand's tile is [item][pair of
 // k], a right one's [pair of k][item].
-template <DType kType, bool kLeft>
+template <DType kType, int kParts, bool kLeft>
 __attribute__((noinline)) void pack_tiles(const Items& of, int lanes, int deep, char* to) {
-  constexpr int kParts = kType == DType::kBFloat16 ? 1 : kType == DType::kFloat16 ? 2 : 3;
   constexpr int kWidth = VecF::kWidth;
   VecF words[kParts][kWidth];
   const auto put = [&](int i, VecF first, VecF second, bool along) FN_LAMBDA {
@@ -152,8 +156,7 @@ __attribute__((noinline)) void pack_tiles(const Items& of, int lanes, int deep, 
 
 // A panel of up to 32 items over `deep` terms: [block of 32 terms][part][half][1 KiB].
 template <bool kLeft>
-FN void pack_items(const Items& of, int items, int64_t deep, char* to) {
-  const int parts = parts_of(of.dtype);
+FN void pack_items(const Items& of, int items, int64_t deep, int parts, char* to) {
   for (int half = 0; half * kTileItems < items; ++half) {
     const int lanes = lanes_at(items, half * kTileItems, kTileItems);
     Items tile = of;
@@ -162,11 +165,13 @@ FN void pack_items(const Items& of, int items, int64_t deep, char* to) {
     for (int64_t k = 0; k < deep; k += kTileDepth, at += parts * kPanelBytes) {
       const int terms = lanes_at(deep, k, kTileDepth);
       if (of.dtype == DType::kBFloat16) {
-        pack_tiles<DType::kBFloat16, kLeft>(tile, lanes, terms, at);
+        pack_tiles<DType::kBFloat16, 1, kLeft>(tile, lanes, terms, at);
       } else if (of.dtype == DType::kFloat16) {
-        pack_tiles<DType::kFloat16, kLeft>(tile, lanes, terms, at);
+        pack_tiles<DType::kFloat16, 2, kLeft>(tile, lanes, terms, at);
+      } else if (parts == 2) {
+        pack_tiles<DType::kFloat32, 2, kLeft>(tile, lanes, terms, at);
       } else {
-        pack_tiles<DType::kFloat32, kLeft>(tile, lanes, terms, at);
+        pack_tiles<DType::kFloat32, 3, kLeft>(tile, lanes, terms, at);
       }
       tile.at += kTileDepth * of.column;
     }
@@ -174,12 +179,9 @@ FN void pack_items(const Items& of, int items, int64_t deep, char* to) {
 }
 
 // How a scan's weights, of which `depth` are summed, are cut for the tile unit; 0 where it does not
-// take them. Not a matter of the batch. (Cut in three, weights of one step of a few rows would take
-// more memory's time than they spare.)
+// take them.
 FN int scan_parts(const Layer& layer, DType weights, int64_t depth) {
-  const bool halves = weights == DType::kBFloat16 || weights == DType::kFloat16;
-  const bool takes = halves && layer.steps > 1 && depth >= kTileDepth && has_tiles();
-  return takes ? parts_of(weights) : 0;
+  return scan_by_tiles(layer.steps, weights, depth) ? parts_of(weights) : 0;
 }
 // A block's weights lie in two panels, two vectors in each.
 FN int64_t tile_panel_bytes(int64_t depth, int parts) {
@@ -194,7 +196,7 @@ inline void pack_tile_block(const Weights& w, int64_t at, const Blocks& blocks, 
   for (int v = 0; v < vectors; ++v) {
     const int64_t u = blocks.first_unit(block) + v / w.gates * kTileItems;
     const Items of{w.data, w.dtype, at + v % w.gates * w.gate + u * w.unit, w.unit, w.column};
-    pack_items<false>(of, lanes_at(w.units, u, kTileItems), w.depth,
+    pack_items<false>(of, lanes_at(w.units, u, kTileItems), w.depth, parts_of(w.dtype),
                       static_cast<char*>(to) + v / 2 * panel + v % 2 * kTileBytes);
   }
 }
@@ -268,10 +270,9 @@ class TileUnit {
     if (kRows && kColumns) _tile_stored(3, lower + kTileItems, row);
   }
   // Of up to 32 rows and columns; all 16 or 32 of the rows are written.
-  __attribute__((noinline)) void multiply(const Terms& terms, int rows, int columns,
-                                          int64_t blocks, const LeftPanel& a, const char* b,
-                                          float* sums, int64_t ld, bool add,
-                                          const char* next) const {
+  __attribute__((noinline)) void multiply(const Terms& terms, int rows, int columns, int64_t blocks,
+                                          const LeftPanel& a, const char* b, float* sums,
+                                          int64_t ld, bool add, const char* next) const {
     if (rows > kTileItems) {
       columns > kTileItems ? multiply<true, true>(terms, blocks, a, b, sums, ld, add, next)
                            : multiply<true, false>(terms, blocks, a, b, sums, ld, add, next);
@@ -285,37 +286,52 @@ class TileUnit {
   const bool used_;
 };
 
-// The operand of a scan's products: so many rows, in two parts, [block of 32 terms][part][row].
+// The operand of a scan's products: so many rows cut in parts, [block of 32 terms][part][row].
 struct TileOperand {
-  static constexpr int kParts = 2;
   char* data = nullptr;
   int64_t rows = 0, depth = 0;  // rows: there is memory for, whole tiles
+  int parts = 0;
 
-  // (A last tile may begin at any row.)
+  // What `rows` rows may take. (A last tile may begin at any row.)
   static int64_t bytes(int64_t rows, int64_t depth) {
-    return whole(rows, kTileItems) * whole(depth, kTileDepth) * kParts * 2 + kTileBytes;
+    return whole(rows, kTileItems) * whole(depth, kTileDepth) * kMostParts * 2 + kTileBytes;
   }
-  // What `count` rows become, `ld` apart.
-  void take(const float* from, int64_t ld, int64_t count, int64_t deep) {
+  // It becomes `count` rows from element `at` on, `row` apart.
+  void take(const void* from, DType dtype, int64_t at, int64_t row, int64_t count, int64_t deep) {
     depth = deep, rows = whole(count, kTileItems);
-    for (int64_t b = 0; b < count; ++b, from += ld) {
+    parts = dtype == DType::kBFloat16 ? 1 : kMostParts;
+    switch (dtype) {
+      case DType::kBFloat16:
+        return take_rows<DType::kBFloat16, 1>(from, at, row, count);
+      case DType::kFloat16:
+        return take_rows<DType::kFloat16, kMostParts>(from, at, row, count);
+      default:
+        return take_rows<DType::kFloat32, kMostParts>(from, at, row, count);
+    }
+  }
+  LeftPanel panel(int64_t row) const {
+    return {data + row * kTileRow, kTileBytes, rows * kTileRow, parts * rows * kTileRow};
+  }
+
+ private:
+  static constexpr int kMostParts = 2;
+
+  template <DType kType, int kParts>
+  void take_rows(const void* from, int64_t at, int64_t row, int64_t count) const {
+    constexpr int kWidth = VecF::kWidth;
+    for (int64_t b = 0; b < count; ++b, at += row) {
       char* to = data + b * kTileRow;
       for (int64_t k = 0; k < depth; k += kTileDepth) {
-        constexpr int kWidth = VecF::kWidth;
         const int terms = lanes_at(depth, k, kTileDepth), low = terms < kWidth ? terms : kWidth;
         __m512i first[3], second[3];
-        cut(VecF::load(from + k, low).v, kParts, first);
-        cut(VecF::load(from + k + kWidth, terms - low).v, kParts, second);
+        cut(load_items<kType>(from, at + k, low).v, kParts, first);
+        cut(load_items<kType>(from, at + k + kWidth, terms - low).v, kParts, second);
 #pragma GCC unroll 2
         for (int p = 0; p < kParts; ++p, to += rows * kTileRow) {
           _mm512_store_si512(to, pairs_along(first[p], second[p]));
         }
       }
     }
-  }
-  LeftPanel panel(int64_t row) const {
-    return {data + row * kTileRow, kTileItems * kTileRow, rows * kTileRow,
-            kParts * rows * kTileRow};
   }
 };
 
@@ -324,7 +340,7 @@ struct TileOperand {
 inline void multiply_tiles(const TileUnit& unit, const TileOperand& operand, int64_t row, int rows,
                            int vectors, int parts, const void* block, const void* next,
                            float* sums) {
-  const Terms terms(TileOperand::kParts, parts);
+  const Terms terms(operand.parts, parts);
   const int64_t blocks = whole(operand.depth, kTileDepth) / kTileDepth;
   const int64_t panel = tile_panel_bytes(operand.depth, parts);
   const auto* weights = static_cast<const char*>(block);
@@ -340,7 +356,7 @@ inline void multiply_tiles(const TileUnit& unit, const TileOperand& operand, int
 inline double tile_seconds(int64_t rows, int64_t depth, double columns, int parts) {
   constexpr double kTileFlopsPerSecond = 1.5e12, kSecondsPerCut = 2.5e-10;  // of a value
   const double values = static_cast<double>(whole(depth, kTileDepth));
-  const int terms = Terms(TileOperand::kParts, parts).count;
+  const int terms = Terms(2, parts).count;
   return 2 * terms * whole(rows, kTileItems) * values * columns / kTileFlopsPerSecond +
          kSecondsPerCut * rows * values;
 }

@@ -171,8 +171,11 @@ int64_t chunks_of(const Step& step) {
   constexpr int64_t kLeast = 6, kTwo = 12, kMost = 16;  // rows: at all, for two chunks, of a chunk
   constexpr int64_t kShared = 64;                       // units that threads cannot share out
   constexpr int64_t kWorth = 64;                        // steps' rows of a chunk
+  constexpr int64_t kByTiles = 24 << 10;  // weights, of which the tile unit's are more
   const Layer& l = step.l;
-  const int64_t bytes = step.width() * (l.hidden + step.inputs) * size_of(step.acc());
+  const int64_t weights = step.width() * (l.hidden + step.inputs);
+  if (weights > kByTiles && scan_by_tiles(l.steps, step.io(), l.hidden)) return 0;
+  const int64_t bytes = weights * size_of(step.acc());
   if (step.width() > kMaxInput || 2 * bytes > kCacheFilled * l2_bytes()) return 0;
   if (l.batch < kLeast || l.stack == 0) return 0;
   int64_t chunks = l.batch >= kTwo || l.hidden <= kShared ? 2 : 1;
@@ -275,7 +278,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backwar
     p.a = Matrix{gradients.at(s * width * size), acc, 0, all, 1};
     const void* from = static_cast<char*>(data_of(w)) + s * width * step.inputs * size_of(io);
     p.right[0] = Right{step.inputs, Matrix{from, io, 0, step.inputs, 1}, {}, into(dx, 0), s > 0};
-    p.many = many_rows(l.steps, io);
+    p.least = l.steps;
     chosen_kernels().matmul(p, acc);
   }
   // The gradients of a weight [n, columns] of entry s, from gate gradients `from` of which rows are
@@ -285,7 +288,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backwar
                            const Right& also) {
     Matmul p;
     p.n = 1, p.m = n, p.k = step.rows, p.a = Matrix{from, acc, 0, 1, row};
-    p.right[0] = of, p.right[1] = also, p.many = true;
+    p.right[0] = of, p.right[1] = also, p.least = n;
     chosen_kernels().matmul(p, acc);
   };
   const RowsInOrder order(sequence.rows, l.steps, l.batch);

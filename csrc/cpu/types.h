@@ -23,9 +23,10 @@ struct Right {
 
 struct Matmul {
   int64_t n = 0, m = 0, k = 0;
-  Matrix a;        // [N, M, K]
-  Right right[2];  // the second may have no columns
-  bool many = false;  // may go by the tile unit, whose bits are others: said without the batch
+  Matrix a;           // [N, M, K]
+  Right right[2];     // the second may have no columns
+  int64_t least = 1;  // rows there are at least, be the batch what it may: with enough of them the
+                      // product may go by the tile unit, which has other bits
 };
 
 // out[column] = the sum of a column of data [rows, columns], contiguous, all of the arithmetic's
@@ -37,8 +38,9 @@ struct ColumnSums {
 };
 
 // The input of a forward scan that projects it itself: gates_x, which it then does not read, is
-// x w_ih^T + bias. Not for a GRU with the reset gate before the product; x, w_ih and bias are of
-// the arithmetic's dtype. Bits are those of run_matmul.
+// x w_ih^T + bias. Not for a GRU with the reset gate before the product; bias, and unless
+// scan_by_tiles holds for w_ih and w_hh also x and w_ih, are of the arithmetic's dtype. Bits are
+// those of run_matmul.
 struct Input {
   int64_t size = 0;    // I, up to kMaxInput; 0: there is none
   Rows x, w_ih, bias;  // [T, B, I] [S, G*H, I] [S, G*H] (may be null)
@@ -86,6 +88,12 @@ enum class Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
 
 // Whether kernels may use the tile unit (AMX), which those of AVX-512 know.
 bool has_tiles();
+// Whether a scan multiplies by weights, of which `depth` are summed, on the tile unit: those of 16
+// bits. Not a matter of the batch. (Float32 weights, cut in three, would keep a step of few rows
+// waiting for memory longer.)
+inline bool scan_by_tiles(int64_t steps, DType weights, int64_t depth) {
+  return size_of(weights) == 2 && steps > 1 && depth >= 32 && has_tiles();
+}
 
 // The instruction set in use: the best this machine has, or what FUSED_RNN_CPU_ISA names.
 Isa chosen_isa();

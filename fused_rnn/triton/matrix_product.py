@@ -112,8 +112,8 @@ def _recipe(a: Kind, b: Kind, bias: Kind | None, precision: str) -> Recipe:
     return Recipe((N, M, L), acc, splits, a.told(), b.told(), after, launches, add_up)
 
 
-def matrix_product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    """The waist's matmul."""
+def matrix_product(a: Tensor, b: Tensor, bias: Tensor | None, least: int = 1) -> Tensor:
+    """The waist's matmul, which is the same for any number of rows."""
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
     precision = precision_of(
