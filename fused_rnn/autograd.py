@@ -319,7 +319,7 @@ def layer_gradients(
     def over_steps(left: Tensor, right: Tensor) -> Tensor:
         """sum over t, b of left [T, B, S, M] outer right [T, B, S, N] -> [S, M, N]."""
         left, right = merge_rows(left), merge_rows(right)
-        return op["matmul"](left.permute(1, 2, 0), right.transpose(0, 1), None, left.shape[2])
+        return op["matmul"](left.permute(1, 2, 0), right.transpose(0, 1), None, 0)
 
     def summed(values: Tensor) -> Tensor:
         """sum over t, b of [T, B, S, N] -> [S, N], in the same bits for any number of threads."""

@@ -84,6 +84,8 @@ struct Phase {
   State<T> operand;                 // [S, B, depth]
   bool alternating;                 // the operand is the state of the step's parity
 
+  // Of W_hh or W_ih, for the tile unit; 0: neither is.
+  FN int parts() const { return recurrent.parts > 0 ? recurrent.parts : projection.parts; }
   // The longer of its operands.
   FN int64_t depth() const {
     const int64_t own = recurrent.depth(), also = projection.depth();
@@ -182,7 +184,7 @@ class Runner {
       : scan_(scan),
         layer_(scan.layer),
         direct_(layer_.steps == 1 && layer_.batch <= kDirectRows && usable_unpacked()),
-        tiles_(kHasTiles && scan.phase[0].recurrent.parts > 0) {}
+        tiles_(scan.phase[0].parts() + scan.phase[1].parts() > 0) {}
 
   void run() {
     if (layer_.batch == 0 || layer_.stack == 0) return;
@@ -277,12 +279,16 @@ class Runner {
 
   // The products of a step, of `bytes` of weights.
   double product_seconds(int64_t rows, int64_t slices, double bytes) const {
-    if (!tiles_) return 2 * rows * bytes / sizeof(T) / kFlopsPerSecond<T>;
+    const auto by_vectors = [&](double own) FN_LAMBDA {
+      return 2 * rows * own / sizeof(T) / kFlopsPerSecond<T>;
+    };
+    if (!tiles_) return by_vectors(bytes);
     double seconds = 0;
     for (int p = 0; p < scan_.phases; ++p) {
       const Panels<T>& w = scan_.phase[p].recurrent;
       const double columns = static_cast<double>(w.blocks.row_elements()) / slices;
-      seconds += tile_seconds(rows, w.depth(), columns, w.parts);
+      seconds += w.parts > 0 ? tile_seconds(rows, w.depth(), columns, w.parts)
+                             : by_vectors(columns * w.depth() * sizeof(T));
     }
     return seconds;
   }
@@ -433,12 +439,12 @@ class Runner {
   void take_operands(int p, int64_t i, const Share& share) const {
     const Phase<T>& phase = scan_.phase[p];
     const int64_t rows = share.to - share.from;
-    if (!Scan::kBackward || p > 0 || i > 0) {
+    if (phase.recurrent.parts > 0 && (!Scan::kBackward || p > 0 || i > 0)) {
       const T* from = phase.operand.row(share.s, share.from, phase.alternating ? i & 1 : 0);
       share.state->take(from, kNative<T>, 0, phase.operand.ld, rows, phase.recurrent.depth());
     }
     if constexpr (!Scan::kBackward) {
-      if (phase.projection.depth() == 0) return;
+      if (phase.projection.parts == 0) return;
       const Rows& x = scan_.input.x;
       share.input->take(x.data, x.dtype, step_at(i, share.s) * x.step + share.from * x.row, x.row,
                         rows, phase.projection.depth());

@@ -23,9 +23,11 @@ class TileProduct {
   static bool takes(const Matmul& p) {
     const Right &r = p.right[0], &also = p.right[1];
     if (!has_tiles() || p.k < kTileDepth || (also.l > 0 && also.b.dtype != r.b.dtype)) return false;
-    // (Where a scan projects itself it uses the unit, and so does this in its place.)
-    if (scan_by_tiles(p.least, r.b.dtype, p.k)) return true;
-    return p.least >= kLeastRows && r.l + also.l >= kLeastColumns;
+    const bool wide = r.l + also.l >= kLeastColumns;
+    if (p.least == 0) return wide && p.m >= kLeastRows;
+    // Products that a scan may do itself, for some batches, go the scan's way for all.
+    if (size_of(r.b.dtype) == 2) return scan_by_tiles(p.least, r.b.dtype, p.k);
+    return wide && p.least >= kLeastRows && p.k > kMaxInput;
   }
 
   void run() {

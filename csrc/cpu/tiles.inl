@@ -3,8 +3,8 @@
 //
 // The unit multiplies bfloat16 and adds in float32. An operand is cut into parts of 8 bits, high
 // to low, whose sum it is: float32 has three, float16 two, bfloat16 is one. (Two of float32 do, to
-// 2^-17, beside an operand of 16 bits.) Of the products of
-// parts those are left out that are below the rounding of float32 (2^-25 of a term). So float32
+// 2^-17, beside an operand of 16 bits.) Of the products of parts those are left out that are below
+// what the operands' own rounding leaves: 2^-25 of a term in float32, 2^-18 in float16. So float32
 // takes six products where the vector unit takes one, of a unit 16 times as fast.
 //
 // Bits: an element is a sum of blocks of 32 terms, in order, and in each of their products of
@@ -15,7 +15,7 @@ constexpr bool kHasTiles = true;
 
 constexpr int64_t kTileItems = 16, kTileDepth = 32;  // rows or columns of a tile, and along k
 constexpr int64_t kTileRow = kTileDepth * 2, kTileBytes = kTileItems * kTileRow;
-constexpr int64_t kAhead = 128;                                                // bytes
+constexpr int64_t kAhead = 128;  // bytes asked for with a product of parts
 constexpr int64_t kPanelItems = 2 * kTileItems, kPanelBytes = 2 * kTileBytes;  // of a part
 FN int64_t whole(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
 

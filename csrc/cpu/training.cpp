@@ -163,6 +163,16 @@ void entering(const Layer& l, const Tensor& y, const Tensor& h0, int64_t s, DTyp
               static_cast<char*>(data_of(h0)) + s * block, block);
 }
 
+// Whether a layer is not too large for the next function in any case: those of 16-bit weights by
+// fewer of them where the tile unit is faster. The product for the input's gradient of one that may
+// be small has the scan's bits, so that a row does not see how many others there are.
+bool may_be_small(const Step& step) {
+  constexpr int64_t kByTiles = 24 << 10;
+  const int64_t weights = step.width() * (step.l.hidden + step.inputs);
+  if (scan_by_tiles(step.l.steps, step.io(), step.l.hidden)) return weights <= kByTiles;
+  return step.width() <= kMaxInput;
+}
+
 // The chunks of rows in which a scan makes the layer's gradients itself, 0 where it does not: where
 // weights and their gradients stay in the second-level cache side by side, there are rows for the
 // tiles, and the gradients are added to often enough to be worth a chunk's own. Not a matter of the
@@ -171,12 +181,11 @@ int64_t chunks_of(const Step& step) {
   constexpr int64_t kLeast = 6, kTwo = 12, kMost = 16;  // rows: at all, for two chunks, of a chunk
   constexpr int64_t kShared = 64;                       // units that threads cannot share out
   constexpr int64_t kWorth = 64;                        // steps' rows of a chunk
-  constexpr int64_t kByTiles = 24 << 10;  // weights, of which the tile unit's are more
   const Layer& l = step.l;
   const int64_t weights = step.width() * (l.hidden + step.inputs);
-  if (weights > kByTiles && scan_by_tiles(l.steps, step.io(), l.hidden)) return 0;
   const int64_t bytes = weights * size_of(step.acc());
-  if (step.width() > kMaxInput || 2 * bytes > kCacheFilled * l2_bytes()) return 0;
+  if (!may_be_small(step) || step.width() > kMaxInput) return 0;
+  if (2 * bytes > kCacheFilled * l2_bytes()) return 0;
   if (l.batch < kLeast || l.stack == 0) return 0;
   int64_t chunks = l.batch >= kTwo || l.hidden <= kShared ? 2 : 1;
   while (l.batch > kMost * chunks && chunks < 32) chunks *= 2;
@@ -278,7 +287,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backwar
     p.a = Matrix{gradients.at(s * width * size), acc, 0, all, 1};
     const void* from = static_cast<char*>(data_of(w)) + s * width * step.inputs * size_of(io);
     p.right[0] = Right{step.inputs, Matrix{from, io, 0, step.inputs, 1}, {}, into(dx, 0), s > 0};
-    p.least = l.steps;
+    p.least = may_be_small(step) ? 1 : l.steps;
     chosen_kernels().matmul(p, acc);
   }
   // The gradients of a weight [n, columns] of entry s, from gate gradients `from` of which rows are
@@ -288,7 +297,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backwar
                            const Right& also) {
     Matmul p;
     p.n = 1, p.m = n, p.k = step.rows, p.a = Matrix{from, acc, 0, 1, row};
-    p.right[0] = of, p.right[1] = also, p.least = n;
+    p.right[0] = of, p.right[1] = also, p.least = 0;
     chosen_kernels().matmul(p, acc);
   };
   const RowsInOrder order(sequence.rows, l.steps, l.batch);

@@ -25,8 +25,8 @@ struct Matmul {
   int64_t n = 0, m = 0, k = 0;
   Matrix a;           // [N, M, K]
   Right right[2];     // the second may have no columns
-  int64_t least = 1;  // rows there are at least, be the batch what it may: with enough of them the
-                      // product may go by the tile unit, which has other bits
+  int64_t least = 1;  // rows there are at least, be the batch what it may; 0: they are not those of
+                      // a batch. (The tile unit, which has other bits, needs enough of them.)
 };
 
 // out[column] = the sum of a column of data [rows, columns], contiguous, all of the arithmetic's

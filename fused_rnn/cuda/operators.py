@@ -195,7 +195,7 @@ def rnn_backward(dy, dh_n, w_hh, y, *rest):
 def matmul(a: Tensor, b: Tensor, bias: Tensor | None, least: int = 1) -> Tensor:
     """The waist's matmul, which is outside the scans: the Triton backend's on a GPU, the CPU
     backend's in emulation. A row's bits depend on the row alone in both; `least` tells the CPU
-    how many rows there are whatever the batch."""
+    how many rows there are whatever the batch, or that they are not a batch's (0)."""
     device_model(a.device)
     if a.device.type == "cpu":
         return torch.ops.fused_rnn.cpu_matmul(a, b, bias, least)
