@@ -23,6 +23,7 @@ namespace {
 #else
 #include "no_tiles.inl"
 #endif
+#include "panels.inl"
 #include "scan.inl"
 #include "gradients.inl"
 #include "scan_base.inl"

@@ -23,11 +23,11 @@ class TileProduct {
   static bool takes(const Matmul& p) {
     const Right &r = p.right[0], &also = p.right[1];
     if (!has_tiles() || p.k < kTileDepth || (also.l > 0 && also.b.dtype != r.b.dtype)) return false;
-    const bool wide = r.l + also.l >= kLeastColumns;
-    if (p.least == 0) return wide && p.m >= kLeastRows;
+    if (r.l + also.l < kLeastColumns) return false;  // a scan that projects has more
+    if (p.least == 0) return p.m >= kLeastRows;
     // Products that a scan may do itself, for some batches, go the scan's way for all.
     if (size_of(r.b.dtype) == 2) return scan_by_tiles(p.least, r.b.dtype, p.k);
-    return wide && p.least >= kLeastRows && p.k > kMaxInput;
+    return p.least >= kLeastRows && p.k > kMaxInput;
   }
 
   void run() {
