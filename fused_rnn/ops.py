@@ -265,7 +265,7 @@ def define_family(backend: str) -> None:
     for name, spec in OPERATORS.items():
         qualname, op = define(name, spec.schema, spec.fake)
         torch.library.register_vmap(qualname, _scan_vmap(op, spec), lib=_library)
-    schema = "(Tensor a, Tensor b, Tensor? bias, int least=1) -> Tensor"
+    schema = "(Tensor a, Tensor b, Tensor? bias, SymInt least=1) -> Tensor"
     qualname, op = define("matmul", schema, _fake_matmul)
     torch.library.register_vmap(qualname, _matmul_vmap(op), lib=_library)
     _families[backend] = family

@@ -98,6 +98,53 @@ def test_what_is_not_finite_stays_so(side, dtype):
     assert torch.equal(lines[rest], (want if side == "left" else want.mT)[rest])
 
 
+def test_infinite_weights_of_scans():
+    """An infinity among bfloat16 weights saturates what it enters, and no more."""
+    module = layer("RNN", 64, 64, torch.bfloat16)
+    x, h0 = torch.randn(3, 20, 64).bfloat16(), torch.rand(1, 20, 64).bfloat16() + 0.5
+    with torch.no_grad():
+        want = module(x[:1].expand(2, -1, -1)[:2], h0)[0][0]
+        for weight in (module.weight_hh_l0, module.weight_ih_l0):
+            before = weight[5, 7].clone()
+            weight[5, 7] = float("inf")
+            got = module(x[:1].expand(2, -1, -1), h0)[0][0]
+            entered = h0[0] if weight is module.weight_hh_l0 else x[0]
+            assert torch.equal(got[:, 5], entered[:, 7].sign())
+            others = torch.arange(64) != 5
+            assert torch.equal(got[:, others], want[:, others])
+            weight[5, 7] = before
+
+
+@pytest.mark.parametrize("wanted", ["weight_ih_l0", "weight_hh_l0"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_do_not_hang_on_one_another(wanted, dtype):
+    """One weight's has the same bits where the other's is not asked for."""
+    x, found = torch.randn(8, 16, 128).to(dtype), []
+    for alone in (False, True):
+        module = layer("LSTM", 128, 128, dtype)
+        if alone:
+            module.requires_grad_(False)
+            getattr(module, wanted).requires_grad_()
+        module(x)[0].float().square().sum().backward()
+        found.append(getattr(module, wanted).grad)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind, size, hidden", [("RNN", 32, 32), ("LSTM", 32, 40), ("GRU", 90, 80)])
+def test_full_lengths_change_no_bit_of_gradients(kind, size, hidden, dtype):
+    module = layer(kind, size, hidden, dtype)
+    x, weights = torch.randn(40, 20, size).to(dtype), torch.randn(40, 20, hidden).to(dtype)
+    found = []
+    for options in ({}, {"lengths": torch.full((20,), 40)}):
+        grown = x.clone().requires_grad_()
+        y = module(grown, **options)[0]
+        y.backward(weights)
+        found.append((y.detach(), grown.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
 def test_small_and_large_numbers():
     """Over the range of float32, but for its last thousandth and what is not normal."""
     a, b, _ = operands(20, 40, 50, torch.float32, torch.float32)

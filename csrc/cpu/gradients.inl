@@ -55,7 +55,8 @@ class Gradients {
     scratch_ = memory.take(thread_count() * scratch_size_);
     sums_ = memory.take(layer.stack * q.chunks * sums_size_);
     if (q.dx != nullptr) {
-      w_ih_ = Panels<T>(memory, layer, q.w_ih, 0, 1, q.size, width_, 0, 1, q.w_ih.row, false);
+      w_ih_ = Panels<T>(memory, layer, q.w_ih, 0, 1, q.size, width_, 0, 1, q.w_ih.row,
+                        Panels<T>::kVectors);
     }
   }
 

@@ -12,9 +12,9 @@ struct TileOperand {
   static int64_t bytes(int64_t, int64_t) { return 0; }
   void take(const void*, DType, int64_t, int64_t, int64_t, int64_t) {}
 };
-FN int scan_parts(const Layer&, DType, int64_t) { return 0; }
+FN int scan_parts(const Layer&, const Weights&, int64_t, bool) { return 0; }
 FN int64_t tile_block_bytes(int64_t, int) { return 0; }
-FN void pack_tile_block(const Weights&, int64_t, const Blocks&, int64_t, void*) {}
+FN void pack_tile_block(const Weights&, int64_t, const Blocks&, int64_t, int, void*) {}
 FN void multiply_tiles(const TileUnit&, const TileOperand&, int64_t, int, int, int, const void*,
                        const void*, float*) {}
 FN double tile_seconds(int64_t, int64_t, double, int) { return 0; }

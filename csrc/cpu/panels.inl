@@ -37,9 +37,10 @@ struct State {
 };
 
 // The packed weights of a phase, of all stack entries; none where depth is 0. For the tile unit
-// where this takes them (`tiles`: may take them): then so many parts of each.
+// where this takes them: then so many parts of each.
 template <class T>
 struct Panels {
+  enum Beside { kState, kInput, kVectors };  // what is multiplied by them; the last by no tiles
   Weights weights{};
   int64_t entry = 0;  // stride of the stack in the weights' elements
   Blocks blocks;
@@ -51,11 +52,13 @@ struct Panels {
   // column].
   Panels(Workspace<T>& memory, const Layer& layer, const Rows& w, int64_t offset, int gates,
          int64_t units, int64_t depth, int64_t gate, int64_t unit, int64_t column,
-         bool tiles = true)
+         Beside beside = kState)
       : entry(w.entry), blocks(gates, Vec<T>::kWidth, units) {
-    if (kHasTiles && sizeof(T) == 4 && tiles) parts = scan_parts(layer, w.dtype, depth);
     const char* start = static_cast<const char*>(w.data) + offset * size_of(w.dtype);
     weights = Weights{start, w.dtype, gates, units, depth, gate, unit, column};
+    if (kHasTiles && sizeof(T) == 4 && beside != kVectors) {
+      parts = scan_parts(layer, weights, entry, beside == kState);
+    }
     data = memory.take(layer.stack * elements());
   }
   FN int64_t depth() const { return weights.depth; }
@@ -69,7 +72,7 @@ struct Panels {
     return data + s * elements() + blocks.row_offset(block) * depth();
   }
   void pack(int64_t s, int64_t block) const {
-    if (parts > 0) return pack_tile_block(weights, s * entry, blocks, block, at(s, block));
+    if (parts > 0) return pack_tile_block(weights, s * entry, blocks, block, parts, at(s, block));
     pack_panel(weights, s * entry, blocks, block, at(s, block));
   }
 };

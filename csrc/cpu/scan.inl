@@ -189,16 +189,18 @@ class Runner {
 
   // The products of a step, of `bytes` of weights.
   double product_seconds(int64_t rows, int64_t slices, double bytes) const {
-    const auto by_vectors = [&](double own) FN_LAMBDA {
-      return 2 * rows * own / sizeof(T) / kFlopsPerSecond<T>;
+    const auto by_vectors = [&](double own) { return 2 * rows * own / kFlopsPerSecond<T>; };
+    if (!tiles_) return by_vectors(bytes / sizeof(T));
+    const auto of = [&](const Panels<T>& w) {
+      const double columns = static_cast<double>(w.blocks.row_elements()) / slices;
+      return w.parts > 0 ? tile_seconds(rows, w.depth(), columns, w.parts)
+                         : by_vectors(columns * w.depth());
     };
-    if (!tiles_) return by_vectors(bytes);
     double seconds = 0;
     for (int p = 0; p < scan_.phases; ++p) {
-      const Panels<T>& w = scan_.phase[p].recurrent;
-      const double columns = static_cast<double>(w.blocks.row_elements()) / slices;
-      seconds += w.parts > 0 ? tile_seconds(rows, w.depth(), columns, w.parts)
-                             : by_vectors(columns * w.depth() * sizeof(T));
+      const Phase<T>& phase = scan_.phase[p];
+      seconds += of(phase.recurrent);
+      if (phase.projection.depth() > 0) seconds += of(phase.projection);
     }
     return seconds;
   }

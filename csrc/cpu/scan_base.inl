@@ -62,12 +62,14 @@ struct ForwardScan {
 
   // The first phase, of all gates: W_hh, and W_ih where the scan projects its input.
   Phase<T> first_phase(Workspace<T>& memory, const Rows& w_hh, int gates) const {
-    const auto panels = [&](const Rows& w, int64_t depth) {
+    const auto panels = [&](const Rows& w, int64_t depth, auto beside) {
       return Panels<T>(memory, layer, w, 0, gates, layer.hidden, depth, layer.hidden * w.row, w.row,
-                       1);
+                       1, beside);
     };
-    Phase<T> found{panels(w_hh, layer.out), {}, h, true};
-    if (input.size > 0) found.projection = panels(input.w_ih, input.size);
+    Phase<T> found{panels(w_hh, layer.out, Panels<T>::kState), {}, h, true};
+    if (input.size > 0) {
+      found.projection = panels(input.w_ih, input.size, Panels<T>::kInput);
+    }
     return found;
   }
   FN const T* input_row(int64_t t, int64_t b) const {

@@ -14,17 +14,17 @@ class TileProduct {
  public:
   explicit TileProduct(const Matmul& p)
       : p_(p),
-        terms_(parts_beside(p.right[0].b.dtype, p.a.dtype),
-               parts_beside(p.a.dtype, p.right[0].b.dtype)),
+        terms_(parts_beside(right_dtype(p), p.a.dtype), parts_beside(p.a.dtype, right_dtype(p))),
         rows_((p.m + kPanelItems - 1) / kPanelItems),
         first_columns_((p.right[0].l + kPanelItems - 1) / kPanelItems),
         columns_(first_columns_ + (p.right[1].l + kPanelItems - 1) / kPanelItems) {}
 
   static bool takes(const Matmul& p) {
     const Right &r = p.right[0], &also = p.right[1];
-    if (!has_tiles() || p.k < kTileDepth || (also.l > 0 && also.b.dtype != r.b.dtype)) return false;
-    if (r.l + also.l < kLeastColumns) return false;  // a scan that projects has more
-    if (p.least == 0) return p.m >= kLeastRows;
+    const bool both = r.l > 0 && also.l > 0;
+    if (!has_tiles() || p.k < kTileDepth || (both && r.b.dtype != also.b.dtype)) return false;
+    if (p.least == 0) return p.m >= kLeastRows;  // whatever columns are wanted beside others
+    if (r.l < kLeastColumns) return false;       // a scan that projects has more
     // Products that a scan may do itself, for some batches, go the scan's way for all.
     if (size_of(r.b.dtype) == 2) return scan_by_tiles(p.least, r.b.dtype, p.k);
     return p.least >= kLeastRows && p.k > kMaxInput;
@@ -53,6 +53,7 @@ class TileProduct {
 
  private:
   static constexpr double kFlops = 2e11;  // a second, roughly
+  static DType right_dtype(const Matmul& p) { return p.right[p.right[0].l > 0 ? 0 : 1].b.dtype; }
 
   // How members share out the panels: so many ranges of rows by so many of columns.
   FN int64_t ranges_of_columns(int64_t members) const {

@@ -49,7 +49,8 @@ struct Terms {
 };
 
 // x cut into `parts` numbers of 8 bits, whose lower halves are zero. What is infinite, or would be
-// when rounded, or NaN, is in the last part, which meets only the other operand's first.
+// when rounded, or NaN, is in the last part, which meets only the other operand's first. (But for a
+// single part, which meets all: an infinity in bfloat16 may make NaN beside float16 or float32.)
 FN void cut(__m512 x, int parts, __m512i (&part)[3]) {
   const __m512i bits = _mm512_castps_si512(x);
   if (parts == 1) {
@@ -164,8 +165,10 @@ FN void pack_items(const Items& of, int items, int64_t deep, int parts, char* to
     char* at = to + half * kTileBytes;
     for (int64_t k = 0; k < deep; k += kTileDepth, at += parts * kPanelBytes) {
       const int terms = lanes_at(deep, k, kTileDepth);
-      if (of.dtype == DType::kBFloat16) {
+      if (of.dtype == DType::kBFloat16 && parts == 1) {
         pack_tiles<DType::kBFloat16, 1, kLeft>(tile, lanes, terms, at);
+      } else if (of.dtype == DType::kBFloat16) {
+        pack_tiles<DType::kBFloat16, 2, kLeft>(tile, lanes, terms, at);
       } else if (of.dtype == DType::kFloat16) {
         pack_tiles<DType::kFloat16, 2, kLeft>(tile, lanes, terms, at);
       } else if (parts == 2) {
@@ -178,10 +181,37 @@ FN void pack_items(const Items& of, int items, int64_t deep, int parts, char* to
   }
 }
 
-// How a scan's weights, of which `depth` are summed, are cut for the tile unit; 0 where it does not
-// take them.
-FN int scan_parts(const Layer& layer, DType weights, int64_t depth) {
-  return scan_by_tiles(layer.steps, weights, depth) ? parts_of(weights) : 0;
+// Whether weights in bfloat16 have an infinity or NaN; `at` is where those of an entry begin.
+inline bool any_infinite(const Weights& w, int64_t at) {
+  const bool along = w.column == 1;  // else units lie side by side, or anyhow
+  const int64_t lines = along ? w.units : w.depth, length = along ? w.depth : w.units;
+  const int64_t line = along ? w.unit : w.column, step = along ? w.column : w.unit;
+  const auto* data = static_cast<const uint16_t*>(w.data) + at;
+  const __m512i sign = _mm512_set1_epi16(0x7fff), finite = _mm512_set1_epi16(0x7f7f);
+  __mmask32 found = 0;
+  for (int g = 0; g < w.gates; ++g) {
+    for (int64_t l = 0; l < lines; ++l) {
+      const uint16_t* from = data + g * w.gate + l * line;
+      for (int64_t k = 0; k < length; step == 1 ? k += 32 : ++k) {
+        const int64_t left = step == 1 ? length - k : 1;
+        const __mmask32 mask = left < 32 ? (1u << left) - 1u : ~0u;
+        const __m512i x = _mm512_maskz_loadu_epi16(mask, from + k * step);
+        found |= _mm512_cmpgt_epi16_mask(_mm512_and_si512(x, sign), finite);
+      }
+    }
+  }
+  return found != 0;
+}
+
+// How a scan's weights are cut for the tile unit; 0 where it does not take them. Those of bfloat16
+// are one part, and of two where an infinity among them would meet both parts of a state.
+inline int scan_parts(const Layer& layer, const Weights& w, int64_t entry, bool state) {
+  if (!scan_by_tiles(layer.steps, w.dtype, w.depth)) return 0;
+  bool infinite = false;
+  if (state && w.dtype == DType::kBFloat16) {
+    for (int64_t s = 0; s < layer.stack && !infinite; ++s) infinite = any_infinite(w, s * entry);
+  }
+  return infinite ? 2 : parts_of(w.dtype);
 }
 // A block's weights lie in two panels, two vectors in each.
 FN int64_t tile_panel_bytes(int64_t depth, int parts) {
@@ -190,13 +220,13 @@ FN int64_t tile_panel_bytes(int64_t depth, int parts) {
 FN int64_t tile_block_bytes(int64_t depth, int parts) { return 2 * tile_panel_bytes(depth, parts); }
 
 inline void pack_tile_block(const Weights& w, int64_t at, const Blocks& blocks, int64_t block,
-                            void* to) {
-  const int64_t panel = tile_panel_bytes(w.depth, parts_of(w.dtype));
+                            int parts, void* to) {
+  const int64_t panel = tile_panel_bytes(w.depth, parts);
   const int vectors = blocks.depth_vectors(block) * w.gates;
   for (int v = 0; v < vectors; ++v) {
     const int64_t u = blocks.first_unit(block) + v / w.gates * kTileItems;
     const Items of{w.data, w.dtype, at + v % w.gates * w.gate + u * w.unit, w.unit, w.column};
-    pack_items<false>(of, lanes_at(w.units, u, kTileItems), w.depth, parts_of(w.dtype),
+    pack_items<false>(of, lanes_at(w.units, u, kTileItems), w.depth, parts,
                       static_cast<char*>(to) + v / 2 * panel + v % 2 * kTileBytes);
   }
 }
@@ -243,6 +273,7 @@ class TileUnit {
       if (kRows) _tile_zero(2);
       if (kRows && kColumns) _tile_zero(3);
     }
+    asm volatile("" : : : "memory");  // the loads do not say that they read what was packed
     for (; blocks > 0; --blocks) {
       for (int t = 0; t < terms.count; ++t) {
         const char* left = a.at + terms.a[t] * a.part;

@@ -169,7 +169,7 @@ void entering(const Layer& l, const Tensor& y, const Tensor& h0, int64_t s, DTyp
 bool may_be_small(const Step& step) {
   constexpr int64_t kByTiles = 24 << 10;
   const int64_t weights = step.width() * (step.l.hidden + step.inputs);
-  if (scan_by_tiles(step.l.steps, step.io(), step.l.hidden)) return weights <= kByTiles;
+  if (size_of(step.io()) == 2 && has_tiles()) return weights <= kByTiles;
   return step.width() <= kMaxInput;
 }
 

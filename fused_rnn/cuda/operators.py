@@ -194,11 +194,11 @@ def rnn_backward(dy, dh_n, w_hh, y, *rest):
 
 def matmul(a: Tensor, b: Tensor, bias: Tensor | None, least: int = 1) -> Tensor:
     """The waist's matmul, which is outside the scans: the Triton backend's on a GPU, the CPU
-    backend's in emulation. A row's bits depend on the row alone in both; `least` tells the CPU
-    how many rows there are whatever the batch, or that they are not a batch's (0)."""
+    backend's in emulation. A row's bits depend on the row alone in both, and not on `least`, which
+    has a meaning for that backend's own layers."""
     device_model(a.device)
     if a.device.type == "cpu":
-        return torch.ops.fused_rnn.cpu_matmul(a, b, bias, least)
+        return torch.ops.fused_rnn.cpu_matmul(a, b, bias)
     from fused_rnn.triton.operators import matrix_product
 
     return matrix_product(a, b, bias)
