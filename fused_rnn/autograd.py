@@ -339,7 +339,8 @@ def layer_gradients(
         else:
             rows = dgates.reshape(1, -1, width)
             # (As training.cpp has it, whose scans make the gradients of small layers.)
-            small = x.element_size() == 2 and w_ih[0].numel() + inputs.w_hh[0].numel() <= 24 << 10
+            weights = w_ih[0].numel() + inputs.w_hh[0].numel()
+            small = x.shape[2] < 32 or (x.element_size() == 2 and weights <= 24 << 10)
             least = 1 if small else dgates.shape[0]
             dx = op["matmul"](rows, w_ih.reshape(1, width, -1), None, least).view(x.shape)
     if want.w_ih:

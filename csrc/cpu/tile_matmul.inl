@@ -6,9 +6,8 @@ constexpr int64_t kSliceDepth = 128;  // both operands' slices of a panel fit th
 constexpr int64_t kGroupPanels = 8;   // rows of a chunk that stay in the L2: 768 KiB in float32
 static_assert(kChunkK % kSliceDepth == 0, "the order of sums must not depend on the chunks");
 
-// What makes it worth while: whole tiles, and columns that pay for packing the rows. Weights of 16
-// bits are packed in any case.
-constexpr int64_t kLeastRows = 16, kLeastColumns = 32;
+// Fewer rows do not fill a tile.
+constexpr int64_t kLeastRows = 16;
 
 class TileProduct {
  public:
@@ -24,7 +23,6 @@ class TileProduct {
     const bool both = r.l > 0 && also.l > 0;
     if (!has_tiles() || p.k < kTileDepth || (both && r.b.dtype != also.b.dtype)) return false;
     if (p.least == 0) return p.m >= kLeastRows;  // whatever columns are wanted beside others
-    if (r.l < kLeastColumns) return false;       // a scan that projects has more
     // Products that a scan may do itself, for some batches, go the scan's way for all.
     if (size_of(r.b.dtype) == 2) return scan_by_tiles(p.least, r.b.dtype, p.k);
     return p.least >= kLeastRows && p.k > kMaxInput;

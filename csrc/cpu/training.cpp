@@ -163,6 +163,9 @@ void entering(const Layer& l, const Tensor& y, const Tensor& h0, int64_t s, DTyp
               static_cast<char*>(data_of(h0)) + s * block, block);
 }
 
+// The input's gradient of fewer columns is not worth cutting the gates' gradients for.
+constexpr int64_t kNarrow = 32;
+
 // Whether a layer is not too large for the next function in any case: those of 16-bit weights by
 // fewer of them where the tile unit is faster. The product for the input's gradient of one that may
 // be small has the scan's bits, so that a row does not see how many others there are.
@@ -287,7 +290,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backwar
     p.a = Matrix{gradients.at(s * width * size), acc, 0, all, 1};
     const void* from = static_cast<char*>(data_of(w)) + s * width * step.inputs * size_of(io);
     p.right[0] = Right{step.inputs, Matrix{from, io, 0, step.inputs, 1}, {}, into(dx, 0), s > 0};
-    p.least = may_be_small(step) ? 1 : l.steps;
+    p.least = may_be_small(step) || step.inputs < kNarrow ? 1 : l.steps;
     chosen_kernels().matmul(p, acc);
   }
   // The gradients of a weight [n, columns] of entry s, from gate gradients `from` of which rows are
