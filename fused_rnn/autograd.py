@@ -300,6 +300,14 @@ def backward_scan(
     return ScanGradients(dgates, None, dh0, None, None)
 
 
+def least_rows(steps: int, w_ih: Tensor, w_hh: Tensor) -> int:
+    """The waist's ``least`` of the product for the gradient of an entry's input, w_ih [G*H, I] and
+    w_hh [G*H, P]: as training.cpp has it, whose scans make the gradients of small layers."""
+    weights = w_ih.numel() + w_hh.numel()
+    small = w_ih.shape[1] < 32 or (w_ih.element_size() == 2 and weights <= 24 << 10)
+    return 1 if small else steps
+
+
 def layer_gradients(
     spec: LayerSpec,
     want: LayerInputs,
@@ -338,10 +346,7 @@ def layer_gradients(
             dx = dgates
         else:
             rows = dgates.reshape(1, -1, width)
-            # (As training.cpp has it, whose scans make the gradients of small layers.)
-            weights = w_ih[0].numel() + inputs.w_hh[0].numel()
-            small = x.shape[2] < 32 or (x.element_size() == 2 and weights <= 24 << 10)
-            least = 1 if small else dgates.shape[0]
+            least = least_rows(dgates.shape[0], w_ih[0], inputs.w_hh[0])
             dx = op["matmul"](rows, w_ih.reshape(1, width, -1), None, least).view(x.shape)
     if want.w_ih:
         x = _without_padding(x, flags if spec.ragged else None)

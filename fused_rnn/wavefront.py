@@ -128,7 +128,8 @@ def forward(
                 ]
             )
             at = slice(upper[0] - 1, upper[-1])
-            parts = matmul(below.flatten(1, 2), w_ih[at], None if bias is None else bias[at])
+            of_upper = None if bias is None else bias[at]
+            parts = matmul(below.flatten(1, 2), w_ih[at], of_upper, steps)
             if len(upper) < len(here):
                 parts = torch.cat((gates_x.reshape(1, n * rows, width), parts))
             gates_x = parts.view(len(here), n, rows, width).permute(1, 2, 0, 3)
@@ -214,7 +215,8 @@ def backward(spec: WaveSpec, wanted, grads, x: Tensor, layers: list[WaveLayer], 
         if upper:
             first = upper[0] - here.start
             dgates = autograd.merge_rows(found.dgates).transpose(0, 1)[first:]
-            dx = matmul(dgates, w_ih[upper[0] - 1 : upper[-1]], None).to(x.dtype)
+            least = autograd.least_rows(steps, w_ih[0], w_hh[0])
+            dx = matmul(dgates, w_ih[upper[0] - 1 : upper[-1]], None, least).to(x.dtype)
             for layer, start, part in zip(upper, starts[first:], dx):
                 mask = _of_chunk(kept[layer - 1], start, n)
                 above[layer - 1] = _dropped(spec, part.view(n, rows, hidden), mask)

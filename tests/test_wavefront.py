@@ -148,6 +148,8 @@ def on(waist):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_same_bits(cell, waist, on, dtype):
     sizes = {"count": 2, "steps": 3} if interpreted(waist) else {}
+    if waist == "cpu":  # whose scan of a single step multiplies 16 bits in another way
+        sizes = {"steps": 8}
     compare(cell, waist, on, dtype, 2, **sizes)
 
 
