@@ -148,7 +148,7 @@ def on(waist):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_same_bits(cell, waist, on, dtype):
     sizes = {"count": 2, "steps": 3} if interpreted(waist) else {}
-    if waist == "cpu":  # whose scan of a single step multiplies 16 bits in another way
+    if waist == "cpu" and dtype != torch.float32:  # a scan of one step multiplies in another way
         sizes = {"steps": 8}
     compare(cell, waist, on, dtype, 2, **sizes)
 

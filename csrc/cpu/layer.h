@@ -1,6 +1,8 @@
 // What the operators of whole layers share: memory, the input projection, a scan of any cell.
 #pragma once
 
+#include <algorithm>
+
 #include "types.h"
 #include "waist/operators.h"
 
@@ -76,6 +78,12 @@ inline void add_biases(const void* b_ih, const void* b_hh, DType io, int64_t n, 
   }
 }
 
+// Whether scans of a layer can project its input themselves, I and P values a step.
+inline bool may_project(int64_t steps, DType io, DType acc, int64_t inputs, int64_t out) {
+  if (inputs == 0 || inputs > kMaxInput) return false;
+  return io == acc || scan_by_tiles(steps, io, std::min(inputs, out));
+}
+
 // A forward scan of any cell with the projection of its input; what the cell has not stays null.
 struct AnyForward {
   Layer layer;
@@ -113,11 +121,10 @@ struct AnyForward {
   // cache or are asked for while there is much to multiply; and where no weights are packed, which
   // spares the threads a meeting.
   bool projects_itself(int64_t width, DType acc) const {
-    if (input.size == 0 || input.size > kMaxInput) return false;
     const DType io = input.w_ih.dtype;
-    const bool tiles =
-        scan_by_tiles(layer.steps, io, input.size < layer.out ? input.size : layer.out);
-    if (input.x.dtype != io || (io != acc && !tiles)) return false;
+    if (input.x.dtype != io || !may_project(layer.steps, io, acc, input.size, layer.out)) {
+      return false;
+    }
     if (layer.steps == 1 && layer.batch <= kDirectRows) return true;
     if (layer.steps * layer.batch <= kDirectRows) return false;
     const int64_t threads = thread_count(), stack = layer.stack;

@@ -81,9 +81,8 @@ class Model {
       const int64_t parts = std::max<int64_t>(1, thread_count() / directions_);
       // (Of the input's share of products only what a scan projects itself is spared.)
       const double inputs = x_.size(2), outputs = directions_ * out_;
-      const bool projects =
-          io_ == acc_ || scan_by_tiles(steps_, io_, std::min<int64_t>(x_.size(2), out_));
-      const double own = hidden_ + (projects && inputs <= kMaxInput ? inputs : 0);
+      const bool projects = may_project(steps_, io_, acc_, x_.size(2), out_);
+      const double own = hidden_ + (projects ? inputs : 0);
       const double products = rows() * own / (inputs + outputs);
       const RowOrder order(flags, steps_, batch_, products, parts);
       if (order) {

@@ -63,7 +63,8 @@ struct Panels {
   }
   FN int64_t depth() const { return weights.depth; }
   FN int64_t elements() const {
-    if (parts > 0) return blocks.count * tile_block_bytes(depth(), parts) / 4;
+    if (parts > 0)
+      return blocks.count * tile_block_bytes(depth(), parts) / static_cast<int64_t>(sizeof(T));
     return depth() * blocks.row_elements();
   }
   FN int vectors(int64_t block) const { return blocks.depth_vectors(block) * weights.gates; }

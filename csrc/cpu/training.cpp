@@ -59,6 +59,7 @@ struct Step {
     l.reverse = take.reverse(reverse, l.stack);
   }
   int64_t width() const { return gates * l.hidden; }
+  int64_t weights() const { return width() * (l.hidden + inputs); }  // of an entry
   DType io() const { return take.io(); }
   DType acc() const { return take.acc(); }
   Tensor tensor(Shape shape, DType dtype) const { return new_tensor(take.like(), shape, dtype); }
@@ -170,9 +171,8 @@ constexpr int64_t kNarrow = 32;
 // fewer of them where the tile unit is faster. The product for the input's gradient of one that may
 // be small has the scan's bits, so that a row does not see how many others there are.
 bool may_be_small(const Step& step) {
-  constexpr int64_t kByTiles = 24 << 10;
-  const int64_t weights = step.width() * (step.l.hidden + step.inputs);
-  if (size_of(step.io()) == 2 && has_tiles()) return weights <= kByTiles;
+  constexpr int64_t kByTiles = 24 << 10;  // the width is then below kMaxInput
+  if (size_of(step.io()) == 2 && has_tiles()) return step.weights() <= kByTiles;
   return step.width() <= kMaxInput;
 }
 
@@ -185,10 +185,8 @@ int64_t chunks_of(const Step& step) {
   constexpr int64_t kShared = 64;                       // units that threads cannot share out
   constexpr int64_t kWorth = 64;                        // steps' rows of a chunk
   const Layer& l = step.l;
-  const int64_t weights = step.width() * (l.hidden + step.inputs);
-  const int64_t bytes = weights * size_of(step.acc());
-  if (!may_be_small(step) || step.width() > kMaxInput) return 0;
-  if (2 * bytes > kCacheFilled * l2_bytes()) return 0;
+  const int64_t bytes = step.weights() * size_of(step.acc());
+  if (!may_be_small(step) || 2 * bytes > kCacheFilled * l2_bytes()) return 0;
   if (l.batch < kLeast || l.stack == 0) return 0;
   int64_t chunks = l.batch >= kTwo || l.hidden <= kShared ? 2 : 1;
   while (l.batch > kMost * chunks && chunks < 32) chunks *= 2;
