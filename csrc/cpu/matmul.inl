@@ -7,9 +7,10 @@
 constexpr int64_t kChunkK = kMaxInput;
 
 constexpr int64_t kCopiesPay = 4;  // blocks that use a copy of their operands
-// Groups of rows taken together: a block's panel serves all of them where the panels are too many
-// for the second-level cache, in which these rows then stay. (Of many more, lines of the result in
-// as many pages would be written in turn.)
+// Groups of rows taken together, a part: a block's panel serves all of them where these are all
+// there are, or where the panels are too many for the second-level cache, in which these rows then
+// stay. (Of many more, lines of the result in as many pages would be written in turn. To pack a
+// panel for so many rows takes 2 % of the time to multiply by it.)
 constexpr int64_t kPartGroups = 10;
 
 static_assert(kChunkK % kBlockK == 0, "the order of sums must not depend on the chunks");
@@ -62,16 +63,18 @@ class Product {
     // Rows that lie one after another fill a cache evenly, and few blocks make no use of a copy.
     const bool pays = p_.a.row != chunk && p_.m > kRows && count_ >= kCopiesPay;
     copy_ = p_.a.column != 1 ? kByColumns : !along || pays ? kByRows : kNone;
+    const int64_t members = threaded ? threads : 1;
     const int64_t panels = chunk * (blocks_[0].row_elements() + blocks_[1].row_elements());
     blocks_first_ = panels * static_cast<int64_t>(sizeof(T)) > l2_bytes() / 2;
-    share_out(threaded ? threads : 1);
+    share_out(members);
+    own_panel_ = chunk * kMaxVectors * Vec<T>::kWidth;
     Workspace<T> memory;
-    panels_ = memory.take(panels);
+    panels_ = memory.take(blocks_first_ ? members * own_panel_ : panels);
     group_elements_ = kGroupRows * (copy_ == kByRows ? padded_row<T>(chunk) : chunk);
     if (copy_ != kNone) own_a_ = memory.take(part_ * group_elements_);
-    if (!threaded) return work(0, 1);
+    if (members == 1) return work(0, 1);
     run_together(
-        threads,
+        members,
         [](void* self, int64_t rank, int64_t members) {
           static_cast<Product*>(self)->work(rank, members);
         },
@@ -96,6 +99,7 @@ class Product {
     if (groups_ * count_ < 4 * threads) groups_ = (groups_ + threads - 1) / threads * threads;
     const int64_t each = (tiles + groups_ - 1) / groups_;
     group_rows_ = each * kRows, groups_ = (tiles + each - 1) / each;
+    blocks_first_ |= groups_ <= kPartGroups;
     part_ = blocks_first_ ? kPartGroups : copy_ == kNone ? groups_ : 2 * threads;
     if (part_ > groups_) part_ = groups_;
   }
@@ -111,7 +115,7 @@ class Product {
       int64_t at = 0;
       do {
         const Chunk c{n, at, p_.k - at < kChunkK ? p_.k - at : kChunkK};
-        pack_share(c, rank, members);
+        if (!blocks_first_) pack_share(c, rank, members);
         for (int64_t first = 0; first < groups_; first += part_) {
           const int64_t all = groups_ - first < part_ ? groups_ - first : part_;
           if (copy_ == kByColumns) {
@@ -120,14 +124,16 @@ class Product {
             const int64_t last = all * (rank + 1) / members;
             for (int64_t g = all * rank / members; g < last; ++g) copy_rows(c, first + g, g);
           }
-          wait();
+          if (copy_ != kNone || !blocks_first_) wait();
           const int64_t units = count_ * all, last = units * (rank + 1) / members;
-          for (int64_t unit = units * rank / members; unit < last; ++unit) {
+          for (int64_t unit = units * rank / members, packed = -1; unit < last; ++unit) {
             const int64_t block = blocks_first_ ? unit / all : unit % count_;
             const int64_t own = blocks_first_ ? unit % all : unit / count_;
-            tiles(c, block, first + own, own);
+            T* weights = blocks_first_ ? panels_ + rank * own_panel_ : panel(c, block);
+            if (blocks_first_ && block != packed) pack(c, packed = block, 0, c.depth, weights);
+            tiles(c, block, first + own, own, weights);
           }
-          wait();
+          if (copy_ != kNone || !blocks_first_) wait();
         }
         at += c.depth;
       } while (at < p_.k);
@@ -151,7 +157,9 @@ class Product {
   void pack_share(const Chunk& c, int64_t rank, int64_t members) const {
     if (count_ >= 4 * members) {
       const int64_t to = count_ * (rank + 1) / members;
-      for (int64_t block = count_ * rank / members; block < to; ++block) pack(c, block, 0, c.depth);
+      for (int64_t block = count_ * rank / members; block < to; ++block) {
+        pack(c, block, 0, c.depth, panel(c, block));
+      }
       return;
     }
     constexpr int64_t kWidth = Vec<T>::kWidth;
@@ -159,16 +167,17 @@ class Product {
     const int64_t from = vectors * rank / members * kWidth;
     const int64_t to = vectors * (rank + 1) / members * kWidth;
     for (int64_t block = 0; block < count_; ++block) {
-      pack(c, block, from, to < c.depth ? to : c.depth);
+      pack(c, block, from, to < c.depth ? to : c.depth, panel(c, block));
     }
   }
-  void pack(const Chunk& c, int64_t block, int64_t from, int64_t to) const {
+  // Terms [from, to) of a block's panel.
+  void pack(const Chunk& c, int64_t block, int64_t from, int64_t to, T* panel) const {
     const int r = right_of(block);
     const Matrix& b = p_.right[r].b;
     const Weights weights{b.data, b.dtype, 1, p_.right[r].l, to - from, 0, b.column, b.row};
     const int64_t width = vectors_of(block) * Vec<T>::kWidth;
     pack_panel(weights, c.n * b.batch + (c.at + from) * b.row, blocks_[r], own_block(block),
-               panel(c, block) + from * width);
+               panel + from * width);
   }
   FN int rows_of(int64_t group) const {
     return lanes_at(p_.m, group * group_rows_, static_cast<int>(group_rows_));
@@ -241,8 +250,8 @@ class Product {
                vectors * Vec<T>::kWidth);
   }
 
-  // One block of a group of rows, the part's `own`-th.
-  void tiles(const Chunk& c, int64_t block, int64_t group, int64_t own) const {
+  // One block, whose panel is `weights`, of a group of rows, the part's `own`-th.
+  void tiles(const Chunk& c, int64_t block, int64_t group, int64_t own, const T* weights) const {
     using V = Vec<T>;
     const int vectors = vectors_of(block), all = rows_of(group);
     const int64_t width = vectors * V::kWidth, count = (all + kRows - 1) / kRows;
@@ -254,7 +263,6 @@ class Product {
       a = static_cast<const T*>(p_.a.data) + start_of_a(c, group), row = p_.a.row;
     }
     alignas(64) T sums[kGroupRows * kMaxVectors * V::kWidth];
-    const T* weights = panel(c, block);
     for (int64_t k = 0; k < c.depth || k == 0; k += kSliceK) {
       const int64_t deep = c.depth - k < kSliceK ? c.depth - k : kSliceK;
       for (int64_t tile = 0; tile < count; ++tile) {
@@ -271,9 +279,13 @@ class Product {
   const int64_t count_;
   int64_t groups_ = 0, group_rows_ = 0;               // at most kGroupRows each
   enum { kNone, kByRows, kByColumns } copy_ = kNone;  // of the left operand
-  bool blocks_first_ = false;  // all groups of a part for one block before the next block
-  int64_t part_ = 1;           // groups whose rows are copied at a time
+  // All groups of a part for one block before the next, whose panel a member packs when it comes to
+  // it: it is read where it was written, and only there. Else all panels are packed first, and a
+  // group has all blocks before the next.
+  bool blocks_first_ = false;
+  int64_t part_ = 1;  // groups whose rows are copied at a time
   int64_t group_elements_ = 0;
+  int64_t own_panel_ = 0;  // elements of a member's panel
   T *panels_ = nullptr, *own_a_ = nullptr;
   Meeting meeting_;
 };
