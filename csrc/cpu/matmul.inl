@@ -99,7 +99,8 @@ class Product {
     if (groups_ * count_ < 4 * threads) groups_ = (groups_ + threads - 1) / threads * threads;
     const int64_t each = (tiles + groups_ - 1) / groups_;
     group_rows_ = each * kRows, groups_ = (tiles + each - 1) / each;
-    blocks_first_ |= groups_ <= kPartGroups;
+    // (Short sums are bound by their result, of which whole rows are written fastest.)
+    blocks_first_ |= groups_ <= kPartGroups && p_.k >= kSliceK;
     part_ = blocks_first_ ? kPartGroups : copy_ == kNone ? groups_ : 2 * threads;
     if (part_ > groups_) part_ = groups_;
   }

@@ -13,8 +13,9 @@ constexpr double kCacheBytesPerSecond = 1.2e11;
 constexpr double kMemoryBytesPerSecond = 2.4e10;
 constexpr double kDirectBytesPerSecond = 4e10;                     // of weights that are not packed
 constexpr double kGateSeconds = 1.6e-9 * 16 / Vec<float>::kWidth;  // of a unit of a row
-constexpr double kSecondsPerRegion = 5e-6;   // to start and join PyTorch's threads
-constexpr double kSecondsPerMeeting = 3e-7;  // of threads that wait for one another
+constexpr double kSharedBytesPerSecond = 1e10;  // of what another core has just written
+constexpr double kSecondsPerRegion = 5e-6;      // to start and join PyTorch's threads
+constexpr double kSecondsPerMeeting = 3e-7;     // of threads that wait for one another
 constexpr double kSecondsWorthThreads = 2e-5;
 
 template <class Function>
@@ -155,6 +156,7 @@ class Runner {
         const int64_t rounds = slices == 1 ? (groups + threads - 1) / threads : 1;
         double seconds = region + rounds * step_seconds(rows, slices);
         if (slices > 1) seconds += (scan_.phases + (given > 0)) * kSecondsPerMeeting;
+        seconds += shared_bytes(chunks, slices) / kSharedBytesPerSecond;
         if (seconds < least && groups * slices > 1) {
           least = seconds;
           const int64_t all = groups * slices;
@@ -171,6 +173,18 @@ class Runner {
       const int64_t count = scan_.phase[p].recurrent.blocks.count;
       const int64_t most = (count + slices - 1) / slices;
       bytes += static_cast<double>(sizeof(T)) * scan_.phase[p].elements() * most / count;
+    }
+    return bytes;
+  }
+  // Bytes a step that a thread reads of what others wrote: of their packing, which is once for all
+  // steps, and of the operands.
+  double shared_bytes(int64_t chunks, int64_t slices) const {
+    double bytes = 0;
+    if (!direct_) bytes = step_bytes(slices) * (chunks - 1) / chunks / layer_.steps;
+    const int64_t rows = (layer_.batch + chunks - 1) / chunks;
+    for (int p = 0; p < scan_.phases; ++p) {
+      const int64_t values = rows * scan_.phase[p].recurrent.depth();
+      bytes += static_cast<double>(sizeof(T)) * values * (slices - 1) / slices;
     }
     return bytes;
   }

@@ -9,6 +9,13 @@
 
 #include "layer.h"
 
+// Since PyTorch 2.11; absent from an older one.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset,
+    int32_t dtype, int32_t device_type, int32_t device_index, AtenTensorHandle* result,
+    int32_t layout, const uint8_t* opaque_metadata, int64_t opaque_metadata_size,
+    void (*deleter)(void* data, void* context), void* context);
+
 namespace fused_rnn::cpu {
 namespace {
 
@@ -26,6 +33,30 @@ Tensor stacked(const Tensor& t, bool single) {
   if (t.dim() == 1) return view_as(t, {1, t.size(0)}, {t.size(0), t.stride(0)});
   if (t.dim() != 2) return t;  // it is refused with its own shape
   return view_as(t, {1, t.size(0), t.size(1)}, {t.size(0), t.stride(0), t.stride(1)});
+}
+
+// A contiguous [T, B, S, n] in memory kept from call to call.
+Tensor kept_tensor(const Tensor& like, const int64_t (&sizes)[4], DType dtype, Rows& rows) {
+  const int64_t strides[4] = {sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3], 1};
+  const int64_t values = sizes[0] * strides[0];
+  Tensor t;
+  if (torch_from_blob == nullptr || values == 0) {
+    t = new_tensor(like, {sizes[0], sizes[1], sizes[2], sizes[3]}, dtype);
+  } else {
+    void* data = allocate_workspace(static_cast<size_t>(values * size_of(dtype)));
+    AtenTensorHandle handle = nullptr;
+    const AOTITorchError failed = torch_from_blob(
+        data, 4, sizes, strides, 0,
+        dtype == DType::kFloat64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
+        aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
+        [](void* of, void*) { free_workspace(of); }, nullptr);
+    if (failed) free_workspace(data);
+    TORCH_ERROR_CODE_CHECK(failed);
+    t = Tensor(handle);
+  }
+  rows =
+      Rows{values > 0 ? t.mutable_data_ptr() : nullptr, dtype, strides[0], strides[1], strides[2]};
+  return t;
 }
 
 // What the two directions of a training step have in common.
@@ -104,7 +135,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_forward(
   const auto state = {l.stack, l.batch, l.hidden};
   const Rows start = step.take.entries("h0", h0, state, "[S, B, H]");
   Rows y_rows, h_rows, c_rows, cells_rows, gates_rows;
-  const auto shape = {l.steps, l.batch, l.stack, l.hidden};
   Tensor y = step.tensor({l.steps, l.batch, l.stack * l.hidden}, io);
   y_rows =
       Rows{y.mutable_data_ptr(), io, l.batch * l.stack * l.hidden, l.stack * l.hidden, l.hidden};
@@ -113,10 +143,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_forward(
   if (cell == 0) {
     STD_TORCH_CHECK(c0.has_value(), "the LSTM has a c0");
     c_n = step.take.output("c_n", state, acc, c_rows);
-    cells = step.take.output("cells", shape, acc, cells_rows);
+    cells = kept_tensor(w_hh, {l.steps, l.batch, l.stack, l.hidden}, acc, cells_rows);
   }
   if (cell < 2) {
-    gates = step.take.output("gates", {l.steps, l.batch, l.stack, 4 * l.hidden}, acc, gates_rows);
+    gates = kept_tensor(w_hh, {l.steps, l.batch, l.stack, 4 * l.hidden}, acc, gates_rows);
   }
   if (l.batch == 0 || l.stack == 0) return {y, h_n, c_n, cells, gates};
 
