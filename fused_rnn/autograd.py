@@ -304,7 +304,7 @@ def least_rows(steps: int, w_ih: Tensor, w_hh: Tensor) -> int:
     """The waist's ``least`` of the product for the gradient of an entry's input, w_ih [G*H, I] and
     w_hh [G*H, P]: as training.cpp has it, whose scans make the gradients of small layers."""
     weights = w_ih.numel() + w_hh.numel()
-    small = w_ih.shape[1] < 32 or (w_ih.element_size() == 2 and weights <= 24 << 10)
+    small = w_ih.shape[1] < 32 or weights <= (24 if w_ih.element_size() == 2 else 160) << 10
     return 1 if small else steps
 
 

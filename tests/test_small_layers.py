@@ -10,7 +10,7 @@ from fused_rnn.ops import ACC_DTYPE
 
 # steps, rows, size, hidden: one chunk of rows and several, even and not; steps that fill what is
 # kept and that do not; sizes of less than a vector, of several blocks, and at which both meet
-# inside a vector or a block.
+# inside a vector or a block; more than 512 gates.
 SHAPES = [
     (70, 6, 3, 1),
     (11, 7, 1, 70),
@@ -20,6 +20,7 @@ SHAPES = [
     (20, 45, 64, 100),
     (3, 600, 5, 16),
     (600, 6, 4, 8),
+    (15, 33, 40, 150),
 ]
 shapes = pytest.mark.parametrize("steps, rows, size, hidden", SHAPES)
 
@@ -74,11 +75,11 @@ def test_whatever_the_threads(cell, steps, rows, size, hidden, stack):
 
 
 @cells
-@pytest.mark.parametrize("hidden", [40, 100])
-def test_whatever_the_company(cell, hidden):
+@pytest.mark.parametrize("hidden, size", [(40, 9), (100, 9), (150, 40)])
+def test_whatever_the_company(cell, hidden, size):
     """Rows too few for it, rows of another chunk, and of a larger one, in the same bits."""
     steps, rows = 12, 70
-    inputs = layer(cell, steps=steps, rows=rows, size=9, hidden=hidden)
+    inputs = layer(cell, steps=steps, rows=rows, size=size, hidden=hidden)
     outputs, gradients = outcomes(cell, inputs, spec_of(cell))
     everything, *_ = whole.run(spec_of(cell), inputs, cells=False)
     dy = torch.randn(everything.shape, generator=torch.Generator().manual_seed(1))

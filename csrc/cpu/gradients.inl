@@ -211,17 +211,25 @@ class Gradients {
         const int64_t last = own_to(kept());
         for (int64_t k = own_from(kept()); k < last; k += kTileRows[vectors]) {
           const int rows = lanes_at(last, k, kTileRows[vectors]);
-          tile_product<T>(rows, vectors, kept_row(k), g_.ld_, 1, w.at(s_, block), g_.width_, tile,
-                          false, Ahead());
-          const T* from = tile;
-          for (int64_t m = k; m < k + rows; ++m) {
-            const int64_t row = step_[m / rows_] * g_.layer_.batch + from_ + m % rows_;
-            T* to = g_.input_gradient(s_) + row * size;
-            for (int v = 0; v < vectors; ++v, from += kWidth) {
-              const int64_t unit = u + v * kWidth;
-              V::load(from).store(to + unit, lanes_at(size, unit, kWidth));
+          int64_t at = 0;
+          do {  // in chunks, as in matmul.inl
+            const int64_t deep = g_.width_ - at < kMaxInput ? g_.width_ - at : kMaxInput;
+            tile_product<T>(rows, vectors, kept_row(k) + at, g_.ld_, 1,
+                            w.at(s_, block) + at * vectors * kWidth, deep, tile, false, Ahead());
+            const T* from = tile;
+            for (int64_t m = k; m < k + rows; ++m) {
+              const int64_t row = step_[m / rows_] * g_.layer_.batch + from_ + m % rows_;
+              T* to = g_.input_gradient(s_) + row * size;
+              for (int v = 0; v < vectors; ++v, from += kWidth) {
+                const int64_t unit = u + v * kWidth;
+                const int lanes = lanes_at(size, unit, kWidth);
+                V x = V::load(from);
+                if (at > 0) x = V::load(to + unit, lanes) + x;
+                x.store(to + unit, lanes);
+              }
             }
-          }
+            at += deep;
+          } while (at < g_.width_);
         }
       }
     }

@@ -197,13 +197,14 @@ void entering(const Layer& l, const Tensor& y, const Tensor& h0, int64_t s, DTyp
 // The input's gradient of fewer columns is not worth cutting the gates' gradients for.
 constexpr int64_t kNarrow = 32;
 
-// Whether a layer is not too large for the next function in any case: those of 16-bit weights by
-// fewer of them where the tile unit is faster. The product for the input's gradient of one that may
-// be small has the scan's bits, so that a row does not see how many others there are.
+// Whether a layer is not too large for the next function in any case: by its gates, where these are
+// many by its weights, and where the tile unit multiplies 16-bit weights by far fewer. The product
+// for the input's gradient of one that may be small has the scan's bits, so that a row does not see
+// how many others there are.
 bool may_be_small(const Step& step) {
-  constexpr int64_t kByTiles = 24 << 10;  // the width is then below kMaxInput
+  constexpr int64_t kByTiles = 24 << 10, kMostWeights = 160 << 10;
   if (size_of(step.io()) == 2 && has_tiles()) return step.weights() <= kByTiles;
-  return step.width() <= kMaxInput;
+  return step.width() <= kMaxInput || step.weights() <= kMostWeights;
 }
 
 // The chunks of rows in which a scan makes the layer's gradients itself, 0 where it does not: where
@@ -211,16 +212,26 @@ bool may_be_small(const Step& step) {
 // tiles, and the gradients are added to often enough to be worth a chunk's own. Not a matter of the
 // threads, for the order of the sums follows the chunks.
 int64_t chunks_of(const Step& step) {
-  constexpr int64_t kLeast = 6, kTwo = 12, kMost = 16;  // rows: at all, for two chunks, of a chunk
-  constexpr int64_t kShared = 64;                       // units that threads cannot share out
-  constexpr int64_t kWorth = 64;                        // steps' rows of a chunk
+  constexpr int64_t kTwo = 12, kMost = 16;  // rows: for two chunks, of a chunk
+  constexpr int64_t kShared = 64;           // units that threads cannot share out
+  constexpr int64_t kWorth = 64;            // steps' rows of a chunk
   const Layer& l = step.l;
   const int64_t bytes = step.weights() * size_of(step.acc());
   if (!may_be_small(step) || 2 * bytes > kCacheFilled * l2_bytes()) return 0;
-  if (l.batch < kLeast || l.stack == 0) return 0;
+  const int64_t least = step.width() <= kMaxInput ? 6 : 16;  // rows
+  if (l.batch < least || l.stack == 0) return 0;
   int64_t chunks = l.batch >= kTwo || l.hidden <= kShared ? 2 : 1;
   while (l.batch > kMost * chunks && chunks < 32) chunks *= 2;
   return l.steps * l.batch >= kWorth * chunks ? chunks : 0;
+}
+
+void add(void* to, const void* from, int64_t values, DType dtype) {
+  const auto all = [values](auto* sum, const auto* x) {
+    for (int64_t i = 0; i < values; ++i) sum[i] += x[i];
+  };
+  if (dtype == DType::kFloat64)
+    return all(static_cast<double*>(to), static_cast<const double*>(from));
+  all(static_cast<float*>(to), static_cast<const float*>(from));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backward(
@@ -312,14 +323,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backwar
 
   if (!apart) return {dx, dw_ih, dw_hh, db, db_hn, dh0, dc0};
   if (want_x && l.stack == 0) std::memset(into(dx, 0), 0, step.rows * step.inputs * size);
-  for (int64_t s = 0; want_x && s < l.stack; ++s) {  // entry by entry, as in a scan
+  // Entry by entry, and each's sum before it is added to another's, as in a scan.
+  const bool first = may_be_small(step) && width > kMaxInput;
+  const int64_t values = step.rows * step.inputs;
+  const Buffer other(want_x && first && l.stack > 1 ? values * size : 0);
+  for (int64_t s = 0; want_x && s < l.stack; ++s) {
+    const bool aside = first && s > 0;
+    void* to = aside ? other.at() : into(dx, 0);
     Matmul p;
     p.n = 1, p.m = step.rows, p.k = width;
     p.a = Matrix{gradients.at(s * width * size), acc, 0, all, 1};
     const void* from = static_cast<char*>(data_of(w)) + s * width * step.inputs * size_of(io);
-    p.right[0] = Right{step.inputs, Matrix{from, io, 0, step.inputs, 1}, {}, into(dx, 0), s > 0};
+    p.right[0] = Right{step.inputs, Matrix{from, io, 0, step.inputs, 1}, {}, to, s > 0 && !aside};
     p.least = may_be_small(step) || step.inputs < kNarrow ? 1 : l.steps;
     chosen_kernels().matmul(p, acc);
+    if (aside) add(into(dx, 0), to, values, acc);
   }
   // The gradients of a weight [n, columns] of entry s, from gate gradients `from` of which rows are
   // `row` apart, and `of` the values that entered at each step: the columns of the gate gradients

@@ -48,8 +48,8 @@ struct Input {
 constexpr int64_t kMaxInput = 512;  // the chunk of K of the matrix product
 
 // What a backward scan makes of the gates' gradients itself, in place of leaving them (dgates and
-// dgates_hn are then not written), and from what. Without flags and projection; G*H at most
-// kMaxInput where dx is wanted. The rows of each entry go in so many chunks.
+// dgates_hn are then not written), and from what. Without flags and projection. The rows of each
+// entry go in so many chunks.
 struct LayerGradients {
   int64_t chunks = 0;   // 0: nothing
   int64_t size = 0;     // I
