@@ -1,5 +1,9 @@
 """A plain layer of a training step on the CPU is one operator each way: the same as its parts."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import UNDER_TEST  # noqa: F401  (the environment it sets)
@@ -216,3 +220,38 @@ def test_sums_of_many_rows():
     y = whole.run(spec, still, cells=False)[0]
     (found,) = torch.autograd.grad(y.sum(), still.b_ih)
     assert torch.equal(found[0], (y > 0).sum((0, 1)).float())
+
+
+TAPE = """
+import torch
+from test_layer_operators import layer
+
+torch.set_num_threads(1)  # with many, the projected input would be kept too
+inputs = layer("lstm", steps=60, rows=8, hidden=40)
+
+def tape():
+    names = "x", "w_ih", "w_hh", "b_ih", "b_hh", "h0", "c0"
+    given = (getattr(inputs, name).detach() for name in names)
+    return torch.ops.fused_rnn.cpu_layer_forward(*given, [False, True], 0, False)[3:]
+
+first = tape()
+values = [t.clone() for t in first]
+second = tape()
+for a, b, value in zip(first, second, values, strict=True):
+    assert a.data_ptr() != b.data_ptr() and torch.equal(a, value) and torch.equal(b, value)
+places = {t.data_ptr() for t in (*first, *second)}
+del first, second, a, b
+third = tape()
+for t, value in zip(third, values, strict=True):
+    assert torch.equal(t, value)
+if torch.__version__ >= (2, 11):  # before, it is an ordinary tensor
+    assert {t.data_ptr() for t in third} <= places
+"""
+
+
+def test_the_tape_is_in_kept_memory():
+    """It is used again when a tape is gone, and not before. (In a process where nothing else is
+    kept.)"""
+    given = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", TAPE], **given)
+    assert done.returncode == 0, done.stderr

@@ -96,12 +96,13 @@ class Product {
   void share_out(int64_t threads) {
     const int64_t tiles = (p_.m + kRows - 1) / kRows;
     groups_ = (tiles + kGroupTiles - 1) / kGroupTiles;
+    const bool few = groups_ <= kPartGroups;
     if (groups_ * count_ < 4 * threads) groups_ = (groups_ + threads - 1) / threads * threads;
     const int64_t each = (tiles + groups_ - 1) / groups_;
     group_rows_ = each * kRows, groups_ = (tiles + each - 1) / each;
     // (Short sums are bound by their result, of which whole rows are written fastest.)
-    blocks_first_ |= groups_ <= kPartGroups && p_.k >= kSliceK;
-    part_ = blocks_first_ ? kPartGroups : copy_ == kNone ? groups_ : 2 * threads;
+    blocks_first_ |= few && p_.k >= kSliceK;
+    part_ = few ? groups_ : blocks_first_ ? kPartGroups : copy_ == kNone ? groups_ : 2 * threads;
     if (part_ > groups_) part_ = groups_;
   }
 

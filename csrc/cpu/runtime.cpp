@@ -206,16 +206,17 @@ void release(void* memory) {
   if (memory != nullptr) std::free(static_cast<char*>(memory) - 64);
 }
 
-// The smallest kept workspace of at least so many bytes, no longer kept; null: there is none.
-void* take_kept(size_t bytes) {
+// The smallest kept workspace of `bytes` to `most` bytes, no longer kept; null: there is none.
+void* take_kept(size_t bytes, size_t most) {
   Kept& all = kept();
   // (Nobody waits: a process forked meanwhile would do so for ever.)
   const std::unique_lock<std::mutex> lock(all.mutex, std::try_to_lock);
   if (!lock.owns_lock()) return nullptr;
   void** best = nullptr;
   for (void*& place : all.place) {
-    if (place == nullptr || size_of_workspace(place) < bytes) continue;
-    if (best == nullptr || size_of_workspace(place) < size_of_workspace(*best)) best = &place;
+    const size_t size = place != nullptr ? size_of_workspace(place) : 0;
+    if (size < bytes || size > most) continue;
+    if (best == nullptr || size < size_of_workspace(*best)) best = &place;
   }
   if (best == nullptr) return nullptr;
   all.bytes -= size_of_workspace(*best);
@@ -229,6 +230,13 @@ bool keep(void* memory) {
   Kept& all = kept();
   const std::unique_lock<std::mutex> lock(all.mutex, std::try_to_lock);
   if (!lock.owns_lock()) return false;
+  size_t larger = 0;
+  int places = kPlaces;  // without larger ones
+  for (void* place : all.place) {
+    if (place == nullptr || size_of_workspace(place) < bytes) continue;
+    larger += size_of_workspace(place), --places;
+  }
+  if (larger + bytes > kKept || places == 0) return false;
   while (true) {
     void **empty = nullptr, **smallest = nullptr;
     for (void*& place : all.place) {
@@ -242,7 +250,6 @@ bool keep(void* memory) {
       *empty = memory, all.bytes += bytes;
       return true;
     }
-    if (size_of_workspace(*smallest) >= bytes) return false;
     all.bytes -= size_of_workspace(*smallest);
     release(std::exchange(*smallest, nullptr));
   }
@@ -250,19 +257,20 @@ bool keep(void* memory) {
 
 }  // namespace
 
-void* allocate_workspace(size_t bytes) {
+void* allocate_workspace(size_t bytes, bool stays) {
   bytes = (bytes + 63) / 64 * 64;
-  void* memory = bytes >= kSmallest ? take_kept(bytes) : nullptr;
+  void* memory = bytes >= kSmallest ? take_kept(bytes, stays ? 2 * bytes : SIZE_MAX) : nullptr;
   if (memory != nullptr) return memory;
   const bool large = bytes >= 2 * kLargePage;
-  const size_t all = large ? (bytes + 64 + kLargePage - 1) / kLargePage * kLargePage : bytes + 64;
+  size_t all = bytes + 64;
+  if (large) all = (all + kLargePage - 1) / kLargePage * kLargePage;
   void* start = std::aligned_alloc(large ? kLargePage : 64, all);
   if (start == nullptr) throw std::bad_alloc();
 #if defined(__linux__)
   if (large) madvise(start, all, MADV_HUGEPAGE);  // a wish
 #endif
   memory = static_cast<char*>(start) + 64;
-  size_of_workspace(memory) = bytes;
+  size_of_workspace(memory) = all - 64;
   return memory;
 }
 

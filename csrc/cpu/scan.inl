@@ -287,11 +287,8 @@ class Runner {
       const int64_t count = phase.recurrent.blocks.count;
       for (int64_t task = 0; task < layer_.stack * count; ++task) {
         const int64_t s = task / count, block = task % count;
-        int64_t owner = task % members;
-        if (slices > 1) {
-          owner =
-              (s * split.chunks + block % split.chunks) * slices + slice_of(block, count, slices);
-        }
+        const int64_t group = s * split.chunks + block % split.chunks;
+        const int64_t owner = (group * slices + slice_of(block, count, slices)) % members;
         if (owner != rank) continue;
         phase.recurrent.pack(s, block);
         if (phase.projection.depth() > 0) phase.projection.pack(s, block);

@@ -43,15 +43,14 @@ Tensor kept_tensor(const Tensor& like, const int64_t (&sizes)[4], DType dtype, R
   if (torch_from_blob == nullptr || values == 0) {
     t = new_tensor(like, {sizes[0], sizes[1], sizes[2], sizes[3]}, dtype);
   } else {
-    void* data = allocate_workspace(static_cast<size_t>(values * size_of(dtype)));
+    void* data = allocate_workspace(static_cast<size_t>(values * size_of(dtype)), true);
     AtenTensorHandle handle = nullptr;
-    const AOTITorchError failed = torch_from_blob(
+    // (Where it fails, for want of memory, the deleter may have run: not to be freed here.)
+    TORCH_ERROR_CODE_CHECK(torch_from_blob(
         data, 4, sizes, strides, 0,
         dtype == DType::kFloat64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
         aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
-        [](void* of, void*) { free_workspace(of); }, nullptr);
-    if (failed) free_workspace(data);
-    TORCH_ERROR_CODE_CHECK(failed);
+        [](void* of, void*) { free_workspace(of); }, nullptr));
     t = Tensor(handle);
   }
   rows =

@@ -116,8 +116,9 @@ struct alignas(64) Meeting {
 // Waits until `arrived` arrivals have been counted, this one among them; what members wrote before
 // is seen after.
 void meet(Meeting& meeting, uint64_t arrived);
-// bytes of memory aligned to 64, or an exception; released by free_workspace.
-void* allocate_workspace(size_t bytes);
+// bytes of memory aligned to 64, or an exception; released by free_workspace. What stays beyond a
+// call is at most twice as large.
+void* allocate_workspace(size_t bytes, bool stays = false);
 void free_workspace(void* memory);
 // Bytes of second-level cache of one core, and the part of it in which weights stay.
 int64_t l2_bytes();
