@@ -1,12 +1,11 @@
 """A plain layer of a training step on the CPU is one operator each way: the same as its parts."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import UNDER_TEST  # noqa: F401  (the environment it sets)
+from test_imports import run_python
 
 from fused_rnn import whole
 from fused_rnn.autograd import LayerInputs, LayerSpec
@@ -252,6 +251,5 @@ if torch.__version__ >= (2, 11):  # before, it is an ordinary tensor
 def test_the_tape_is_in_kept_memory():
     """It is used again when a tape is gone, and not before. (In a process where nothing else is
     kept.)"""
-    given = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
-    done = subprocess.run([sys.executable, "-c", TAPE], **given)
-    assert done.returncode == 0, done.stderr
+    status, _, err = run_python(TAPE, PYTHONPATH=str(Path(__file__).parent))
+    assert status == 0, err

@@ -35,27 +35,22 @@ Tensor stacked(const Tensor& t, bool single) {
   return view_as(t, {1, t.size(0), t.size(1)}, {t.size(0), t.stride(0), t.stride(1)});
 }
 
-// A contiguous [T, B, S, n] in memory kept from call to call.
-Tensor kept_tensor(const Tensor& like, const int64_t (&sizes)[4], DType dtype, Rows& rows) {
+// As new_tensor, a [T, B, S, n], in memory kept from call to call.
+Tensor kept_tensor(const Tensor& like, const int64_t (&sizes)[4], DType dtype) {
   const int64_t strides[4] = {sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3], 1};
   const int64_t values = sizes[0] * strides[0];
-  Tensor t;
   if (torch_from_blob == nullptr || values == 0) {
-    t = new_tensor(like, {sizes[0], sizes[1], sizes[2], sizes[3]}, dtype);
-  } else {
-    void* data = allocate_workspace(static_cast<size_t>(values * size_of(dtype)), true);
-    AtenTensorHandle handle = nullptr;
-    // (Where it fails, for want of memory, the deleter may have run: not to be freed here.)
-    TORCH_ERROR_CODE_CHECK(torch_from_blob(
-        data, 4, sizes, strides, 0,
-        dtype == DType::kFloat64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
-        aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
-        [](void* of, void*) { free_workspace(of); }, nullptr));
-    t = Tensor(handle);
+    return new_tensor(like, {sizes[0], sizes[1], sizes[2], sizes[3]}, dtype);
   }
-  rows =
-      Rows{values > 0 ? t.mutable_data_ptr() : nullptr, dtype, strides[0], strides[1], strides[2]};
-  return t;
+  void* data = allocate_workspace(static_cast<size_t>(values * size_of(dtype)), true);
+  const auto scalar = torch::stable::detail::from(scalar_of(dtype));
+  AtenTensorHandle handle = nullptr;
+  // (Where it fails, for want of memory, the deleter may have run: not to be freed here.)
+  TORCH_ERROR_CODE_CHECK(torch_from_blob(
+      data, 4, sizes, strides, 0, torch::stable::detail::to<int32_t>(scalar),
+      aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
+      [](void* of, void*) { free_workspace(of); }, nullptr));
+  return Tensor(handle);
 }
 
 // What the two directions of a training step have in common.
@@ -142,10 +137,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_forward(
   if (cell == 0) {
     STD_TORCH_CHECK(c0.has_value(), "the LSTM has a c0");
     c_n = step.take.output("c_n", state, acc, c_rows);
-    cells = kept_tensor(w_hh, {l.steps, l.batch, l.stack, l.hidden}, acc, cells_rows);
+    cells = kept_tensor(w_hh, {l.steps, l.batch, l.stack, l.hidden}, acc);
+    step.take.output("cells", cells, cells_rows);
   }
   if (cell < 2) {
-    gates = kept_tensor(w_hh, {l.steps, l.batch, l.stack, 4 * l.hidden}, acc, gates_rows);
+    gates = kept_tensor(w_hh, {l.steps, l.batch, l.stack, 4 * l.hidden}, acc);
+    step.take.output("gates", gates, gates_rows);
   }
   if (l.batch == 0 || l.stack == 0) return {y, h_n, c_n, cells, gates};
 
@@ -323,7 +320,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backwar
   if (!apart) return {dx, dw_ih, dw_hh, db, db_hn, dh0, dc0};
   if (want_x && l.stack == 0) std::memset(into(dx, 0), 0, step.rows * step.inputs * size);
   // Entry by entry, and each's sum before it is added to another's, as in a scan.
-  const bool first = may_be_small(step) && width > kMaxInput;
+  const bool small = may_be_small(step), first = small && width > kMaxInput;
   const int64_t values = step.rows * step.inputs;
   const Buffer other(want_x && first && l.stack > 1 ? values * size : 0);
   for (int64_t s = 0; want_x && s < l.stack; ++s) {
@@ -334,7 +331,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backwar
     p.a = Matrix{gradients.at(s * width * size), acc, 0, all, 1};
     const void* from = static_cast<char*>(data_of(w)) + s * width * step.inputs * size_of(io);
     p.right[0] = Right{step.inputs, Matrix{from, io, 0, step.inputs, 1}, {}, to, s > 0 && !aside};
-    p.least = may_be_small(step) || step.inputs < kNarrow ? 1 : l.steps;
+    p.least = small || step.inputs < kNarrow ? 1 : l.steps;
     chosen_kernels().matmul(p, acc);
     if (aside) add(into(dx, 0), to, values, acc);
   }

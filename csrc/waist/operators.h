@@ -164,7 +164,10 @@ class Arguments {
   }
   // A new [T, B, S, n] or [S, B, n], contiguous, and how kernels write it.
   Tensor output(const char* name, Shape shape, DType dtype, Rows& rows) {
-    Tensor t = new_tensor(like_, shape, dtype);
+    return output(name, new_tensor(like_, shape, dtype), rows);
+  }
+  Tensor output(const char* name, Tensor t, Rows& rows) {
+    const DType dtype = dtype_of(name, t);
     rows = Rows{};
     rows.dtype = dtype;
     if (t.numel() == 0) return t;
