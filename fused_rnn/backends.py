@@ -14,7 +14,7 @@ from fused_rnn import cudnn, plan
 from fused_rnn.cuda import library as cuda_library
 from fused_rnn.cuda import planning as cuda_planning
 from fused_rnn.ops import ACC_DTYPE
-from fused_rnn.precision import current_fp32_precision, precision_of, torch_fp32_precision
+from fused_rnn.precision import fp32_precisions, precision_of, torch_fp32_precision
 
 REMEDY = (
     "build it with a C++ compiler: `pip install --no-build-isolation .` in the source tree,"
@@ -347,7 +347,7 @@ def choose(request: Request, name: str | None = None) -> str:
     if request.device == "cuda" and not torch.compiler.is_compiling():
         state = (cuda_library.why_unavailable(), cuda_library.grids_lost())
         if request.dtype == torch.float32:
-            state += (current_fp32_precision(), torch_fp32_precision())
+            state += fp32_precisions()
         return _choose_on_gpu(request, state)
     return _first(request)
 

@@ -1,12 +1,9 @@
 """lstm(), gru() and rnn() on tensors: validation, backend choice, one layer at a time."""
 
-import contextlib
-import warnings
-
 import torch
 from torch import Tensor
 
-from fused_rnn import autograd, backends, observers, whole
+from fused_rnn import autograd, backends, library, observers, whole
 from fused_rnn.autograd import LayerInputs, LayerSpec
 from fused_rnn.ops import ACC_DTYPE, GATES
 from fused_rnn.reference import ENDED, RESET
@@ -113,44 +110,16 @@ def needs_gradient(inputs: LayerInputs) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
-@contextlib.contextmanager
-def _no_chunk_warning(x: Tensor, weights: list[Tensor]):
-    """Silence about weights that do not lie one after another in memory, as cuDNN has them: those
-    of one layer of several and those in bfloat16 do not, and cuDNN's path copies them, a copy for a
-    whole sequence."""
-    if x.device.type != "cuda" or torch.compiler.is_compiling():
-        yield
-        return
-    plain = not observers.transformed() and all(type(w) in observers.PLAIN for w in weights)
-    if plain and weights[0].untyped_storage().nbytes() == sum(w.nbytes for w in weights):
-        yield  # they are all there is, as a module's are; looking costs less than silence
-        return
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="RNN module weights are not part of single")
-        yield
-
-
-def _torch_layer(cell: str, inputs: LayerInputs, stack: int, relu: bool):
-    """One layer by torch.nn's own path (oneDNN, cuDNN, ...)."""
+def _torch_layer(cell: str, inputs: LayerInputs, stack: int, relu: bool, run):
+    """One layer by torch.nn's own path (oneDNN, cuDNN, ...); run: ``library.call`` or its like."""
     entry = (inputs.w_ih, inputs.w_hh, inputs.b_ih, inputs.b_hh, inputs.w_hr)
     entry = [w for w in entry if w is not None]
     if inputs.w_hh.dim() == 3:
         entry = [w[s] for s in range(stack) for w in entry]
     bias = inputs.b_ih is not None
     states = (inputs.h0,) if inputs.c0 is None else (inputs.h0, inputs.c0)
-    y, h_n, *c_n = call_library(cell, inputs.x, states, entry, bias, 1, stack == 2, relu)
+    y, h_n, *c_n = run(cell, inputs.x, states, entry, bias, 1, stack == 2, relu)
     return y, h_n, (c_n[0] if c_n else None), None
-
-
-def call_library(cell: str, x: Tensor, states, weights, bias: bool, layers: int, both, relu: bool):
-    """torch.nn's own path for so many layers, weights in its order: (y, h_n), of the LSTM c_n."""
-    common = (weights, bias, layers, 0.0, torch.is_grad_enabled(), both, False)
-    x, states = x.contiguous(), tuple(state.contiguous() for state in states)
-    with _no_chunk_warning(x, weights):
-        if cell == "lstm":
-            return torch._VF.lstm(x, states, *common)
-        path = {"gru": torch._VF.gru, "rnn": torch._VF.rnn_relu if relu else torch._VF.rnn_tanh}
-        return path[cell](x, states[0], *common)
 
 
 def run_layer(
@@ -230,18 +199,9 @@ def _run_layer(
     if name == "torch":
         asked = (backend or backends.current_backend()) == name
         plain = asked or torch.compiler.is_compiling() or observers.transformed()
-        if plain or not needs_gradient(inputs):
-            return _torch_layer(cell, inputs, len(reverse), relu)
-
-        def run(given):
-            found = _torch_layer(cell, LayerInputs(*given), len(reverse), relu)
-            return found[: 3 if cell == "lstm" else 2]
-
-        def reference(given):
-            return autograd.reference_forward(spec, LayerInputs(*given))[:3]
-
-        y, h_n, *c_n = whole.LibraryCall.apply(run, reference, *inputs)
-        return y, h_n, (c_n[0] if c_n else None), None
+        plain = plain or not needs_gradient(inputs)
+        run = library.call if plain else library.differentiable
+        return _torch_layer(cell, inputs, len(reverse), relu, run)
     if name == "reference":
         outputs = autograd.reference_forward(spec, inputs)
     elif needs_gradient(inputs):

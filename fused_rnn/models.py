@@ -5,17 +5,11 @@ the call; functional.py has the way layer by layer, which takes everything."""
 import torch
 from torch import Tensor
 
-from fused_rnn import backends, observers, wavefront
-from fused_rnn.autograd import LayerInputs, LayerSpec, reference_forward
-from fused_rnn.functional import (
-    call_library,
-    cast_inputs,
-    needs_gradient,
-    same_device,
-    same_dtype,
-)
+from fused_rnn import backends, library, observers, wavefront
+from fused_rnn.autograd import LayerInputs, LayerSpec
+from fused_rnn.functional import cast_inputs, needs_gradient, same_device, same_dtype
 from fused_rnn.ops import ACC_DTYPE, CELLS
-from fused_rnn.whole import LibraryCall, WholeLayer
+from fused_rnn.whole import WholeLayer
 
 
 def is_plain(x: Tensor) -> bool:
@@ -143,39 +137,15 @@ def run_library(
     """A model by torch.nn's own path: y and the final states, shapes as ``infer``'s; None where the
     tensors are not all of one dtype on one device, which is said elsewhere."""
     hx = hx or zero_states(cell, x, layers * directions, hidden, proj)
-    if any(t.device != x.device or t.dtype != x.dtype for t in (*weights, *hx)):
-        return None
-    options = (bias, layers, directions == 2, relu)
+    device, dtype = x.device, x.dtype
+    for t in (*weights, *hx):
+        if t.dtype is not dtype or t.device != device:
+            return None
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *hx, *weights))
-    if not wanted or backends.current_backend() == "torch":
-        y, *finals = call_library(cell, x, hx, weights, *options)
-        return y, tuple(finals)
-    count, spec = len(hx), LayerSpec(cell, "reference", (False, True)[:directions], relu=relu)
-
-    def run(given):
-        return call_library(cell, given[0], given[1 : 1 + count], given[1 + count :], *options)
-
-    def reference(given):
-        return _reference(spec, bias, layers, given[0], given[1 : 1 + count], given[1 + count :])
-
-    y, *finals = LibraryCall.apply(run, reference, x, *hx, *weights)
+    plain = not wanted or backends.current_backend() == "torch"
+    run = library.call if plain else library.differentiable
+    y, *finals = run(cell, x, hx, weights, bias, layers, directions == 2, relu)
     return y, tuple(finals)
-
-
-def _reference(spec: LayerSpec, bias: bool, layers: int, x: Tensor, hx, weights):
-    """The outputs of ``run_library`` by the reference, layer by layer."""
-    directions = len(spec.reverse)
-    each, finals = len(weights) // (layers * directions), []
-    for layer in range(layers):
-        at = slice(layer * directions, (layer + 1) * directions)
-        entries = [weights[k * each : (k + 1) * each] for k in range(at.start, at.stop)]
-        own = [torch.stack(parts) for parts in zip(*entries)]
-        biases = own[2:4] if bias else [None, None]
-        w_hr = own[-1] if each > 2 + 2 * bias else None
-        states = [*(state[at] for state in hx), None][:2]
-        x, *final = reference_forward(spec, LayerInputs(x, *own[:2], *biases, w_hr, *states, None))
-        finals.append(final[: len(hx)])
-    return (x, *(torch.cat(parts).to(x.dtype) for parts in zip(*finals)))
 
 
 def wave_chunk(cell: str, x: Tensor, layers: int, hidden: int) -> int | None:

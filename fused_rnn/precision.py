@@ -58,6 +58,12 @@ def current_fp32_precision(device: str = "cuda") -> str:
     return "ieee" if device == "cpu" else torch_fp32_precision()
 
 
+def fp32_precisions() -> tuple[str, str]:
+    """On a GPU, our way and that of torch.nn's own path; every call there asks."""
+    theirs = torch_fp32_precision()
+    return _selected or theirs, theirs
+
+
 def precision_of(device: Device, kind: str, dtype: torch.dtype) -> str:
     """How a scan's products of a dtype are taken on a device; ``kind``: cuda or cpu."""
     if dtype == torch.float32 and device.has_tf32:

@@ -1,5 +1,5 @@
-"""A layer or a model that is one node of the graph and one call each way: on a CPU by an operator
-of ours, anywhere by torch.nn's own path. What they do not take, autograd.py does."""
+"""A layer that is one node of the graph and one operator each way, on a CPU. What it does not take,
+autograd.py does."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from fused_rnn.autograd import (
     as_wanted,
     backward,
     scan_function,
-    vjp,
 )
 from fused_rnn.ops import CELLS
 
@@ -91,42 +90,3 @@ def run(spec: LayerSpec, inputs: LayerInputs, cells: bool) -> tuple[Tensor, ...]
         x, w_ih, w_hh, b_ih, b_hh, _, h0, c0, _ = inputs
         return WholeLayer.apply(spec, cells, x, w_ih, w_hh, b_ih, b_hh, h0, c0)
     return scan_function().apply(spec, *inputs)
-
-
-class LibraryCall(torch.autograd.Function):
-    """A layer or model by torch.nn's own path, with a backward that can itself be differentiated,
-    which the library's cannot: apply(run, reference, *tensors) -> the outputs of run(list of
-    tensors), of which reference(the same list) gives those that have derivatives of any order."""
-
-    @staticmethod
-    def forward(ctx, run, reference, *tensors):
-        leaves = [
-            None if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors
-        ]
-        with torch.enable_grad():
-            outputs = run(leaves)
-        ctx.reference, ctx.inner = reference, (leaves, outputs)
-        ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)
-        return tuple(out.detach() for out in outputs)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        saved = ctx.saved_tensors  # also the check that none was changed in place
-        places = [k for k, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
-        if torch.is_grad_enabled():
-            found = vjp(ctx.reference, saved, places, grads)
-        else:
-            leaves, outputs = ctx.inner
-            given = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
-            found = torch.autograd.grad(
-                [o for o, _ in given],
-                [leaves[k] for k in places],
-                [g for _, g in given],
-                retain_graph=True,
-                allow_unused=True,
-            )
-        results: list = [None] * (2 + len(saved))
-        for k, grad in zip(places, found, strict=True):
-            results[2 + k] = grad
-        return tuple(results)

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils.weak import TensorWeakRef
 
 import fused_rnn
-from fused_rnn import backends, models
-from fused_rnn.functional import call_library
+from fused_rnn import backends, library, models
 from fused_rnn.testing import Case, evaluate, make_inputs, run
 
 CASES = {
@@ -81,10 +81,8 @@ def test_a_whole_model(cell, options, state, prefers_torch, monkeypatch):
     if "proj_size" in options and cell != "LSTM":
         options = {"num_layers": 3}
     monkeypatch.setattr(models, "is_plain", lambda x: False)
-    calls = []
-    monkeypatch.setattr(
-        models, "call_library", lambda *args: calls.append(1) or call_library(*args)
-    )
+    calls, call = [], library.call
+    monkeypatch.setattr(library, "call", lambda *args: calls.append(1) or call(*args))
     theirs = getattr(torch.nn, cell)(3, 4, dtype=torch.float64, **options)
     ours = getattr(fused_rnn, cell)(3, 4, dtype=torch.float64, **options)
     ours.load_state_dict(theirs.state_dict())
@@ -138,3 +136,86 @@ def test_an_explicit_choice_is_the_library_itself():
     tensors["input"].requires_grad_()
     y = run(case, tensors, "torch")[0]
     assert "LibraryCall" not in type(y.grad_fn.next_functions[0][0]).__name__
+
+
+class OneNode(torch.autograd.Function):
+    """A GRU as cuDNN's node is one: inputs x, weights, hx and no cx, outputs beyond y and h_n, and
+    no second derivative."""
+
+    @staticmethod
+    def forward(ctx, options, x, *tensors):
+        ctx.save_for_backward(x, *tensors)
+        ctx.options = options
+        y, h_n = GRU(x, tensors[-2], tensors[:-2], *options)
+        return y, h_n, *(x.new_zeros(0) for _ in range(3))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dh_n, *_):
+        leaves = [t if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
+        with torch.enable_grad():
+            outputs = GRU(leaves[0], leaves[-2], leaves[1:-2], *ctx.options)
+        return None, *torch.autograd.grad(outputs, leaves[:-1], (dy, dh_n)), None
+
+
+GRU = torch._VF.gru
+
+
+@pytest.fixture
+def one_node(monkeypatch):
+    def gru(x, hx, weights, *options):
+        return OneNode.apply(options, x, *weights, hx, None)[:2]
+
+    monkeypatch.setattr(torch._VF, "gru", gru)
+    monkeypatch.setattr(library, "NODES", ("OneNodeBackward",))
+    monkeypatch.setattr(models, "is_plain", lambda x: False)
+
+
+@pytest.mark.parametrize("frozen", [(), (0, 2), (3,)])
+def test_a_librarys_node_is_differentiated_again(frozen, one_node, prefers_torch):
+    """As cuDNN's, whose node knows first derivatives only: those that are taken again are made by
+    the reference, for the inputs that want them."""
+    module = fused_rnn.GRU(3, 4, 2, batch_first=True, dtype=torch.float64)
+    x, h0 = torch.randn(2, 5, 3, dtype=torch.float64), torch.randn(2, 2, 4, dtype=torch.float64)
+    given = [x, h0, *module.parameters()]
+    for k, t in enumerate(given):
+        t.requires_grad_(k not in frozen)
+    leaves = [t for t in given if t.requires_grad]
+    grads = {}
+    for backend in ("auto", "reference"):
+        with fused_rnn.use_backend(backend):
+            y, h_n = module(x, h0)
+        node = type(y.grad_fn.next_functions[0][0]).__name__
+        assert (node == "OneNodeBackward") == (backend == "auto")
+        first = torch.autograd.grad(y.sin().sum(), leaves, retain_graph=True)  # h_n without one
+        again = torch.autograd.grad((y.sin().sum() + h_n.cos().sum()), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in again), leaves)
+        grads[backend] = [*first, *again, *second]
+    for a, b in zip(*grads.values(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_librarys_node_keeps_its_inputs_no_longer_than_it_needs_them(one_node, prefers_torch):
+    module = fused_rnn.GRU(3, 4, dtype=torch.float64)
+    leaf = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    x = leaf * 1
+    alive = TensorWeakRef(x)
+    y, _ = module(x)
+    del x
+    assert alive() is not None
+    (dx,) = torch.autograd.grad(y.sum(), leaf, create_graph=True)
+    torch.autograd.grad(dx.square().sum(), leaf, retain_graph=True)
+    y.sum().backward()
+    del dx
+    assert alive() is None
+
+
+def test_second_derivatives_without_the_nodes_inputs(one_node, prefers_torch):
+    """Where hooks of saved tensors keep copies, what is wrong is said."""
+    module = fused_rnn.GRU(3, 4, dtype=torch.float64)
+    leaf = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        y, _ = module(leaf * 1)
+    torch.autograd.grad(y.sum(), leaf, retain_graph=True)
+    with pytest.raises(RuntimeError, match="hooks of saved tensors"):
+        torch.autograd.grad(y.sum(), leaf, create_graph=True)

@@ -30,13 +30,20 @@ def why_unavailable() -> str | None:
     return None if _loaded else _load()
 
 
+_absent: dict[str | None, str] = {}  # by the variable's value: looking takes as long as a launch
+
+
 def _load() -> str | None:
     global _loaded
+    named = os.environ.get("FUSED_RNN_CUDA_LIBRARY")
+    if named in _absent:
+        return _absent[named]
     file = path()
     if not file.is_file():
-        return f"there is no {file.name} in this installation; {REMEDY}"
+        _absent[named] = f"there is no {file.name} in this installation; {REMEDY}"
+        return _absent[named]
     gpu = torch.cuda.is_available() and not torch.version.hip
-    if not gpu and not os.environ.get("FUSED_RNN_CUDA_LIBRARY"):
+    if not gpu and not named:
         return _NO_GPU
     if reason := _open(file):
         return reason
