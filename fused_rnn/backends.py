@@ -164,7 +164,7 @@ def _torch_is_faster(request: Request, device, shape: plan.Shape, planner) -> st
         if cuda_planning.wave_chunk(device, shape, layers, steps) is not None:
             wave = cuda_planning.wave(device, shape, layers, steps)
             ours *= wave.total / wave.alone
-    if ours <= cudnn.CAUTION * cudnn.call_us(device, shape, steps, layers, training):
+    if ours <= cudnn.call_us(device, shape, steps, layers, training):
         return None
     length = "" if steps is None else f"T = {steps}, "
     return f"torch.nn's path is predicted to be faster at {length}B = {shape.B}, H = {shape.H}"

@@ -1,9 +1,9 @@
 """How long a call of torch.nn's own path takes on an NVIDIA GPU, and one of ours beside it: what
 the automatic choice between them goes by. Pure Python, like plan.py.
 
-Measured on an H100 with cuDNN 9.19 (benchmarks/results/h100/graphs.json, where no host is in the
-way). Where cuDNN keeps the weights on the chip for the whole sequence it takes one launch,
-elsewhere a product and a pointwise kernel a step.
+Measured on an H100 with cuDNN 9.19 (benchmarks/results/h100: steps in graphs.json, where no host is
+in the way, and what a call takes besides them in the tables). Where cuDNN keeps the weights on the
+chip for the whole sequence it takes one launch, elsewhere a product and a pointwise kernel a step.
 """
 
 from dataclasses import replace
@@ -23,15 +23,13 @@ SMALL = {
 }
 # A step of two launches, and with what the backward has besides, in 16 bits and in more.
 LAUNCHED, LAUNCHED_BOTH, LAUNCHED_BOTH_WIDE = 4.4, 10.0, 20.0
-# Microseconds of the host, inference and training: for a call of torch.nn's path (in training with
-# what makes it differentiable twice), for a layer of ours, and for each of cuDNN's launches. Of
-# hosts that launch fast and slowly these are between: 0.6 of what a virtual machine took.
-HOST, OUR_HOST, HOST_LAUNCH = (65.0, 850.0), (200.0, 1000.0), 5.0
-# The part of it during which the GPU has nothing to do.
-WAITED = (1.0, 0.3)
-# How many times faster cuDNN has to be predicted to be taken instead of ours, which promise more (a
-# row's bits are its own).
-CAUTION = 1.1
+# Microseconds of the host, inference and training: for a call of torch.nn's path, for a layer of
+# ours, and for each of cuDNN's launches. Between hosts that launch fast and slowly: 0.6 of what a
+# virtual machine took.
+HOST, OUR_HOST, HOST_LAUNCH = (65.0, 850.0), (210.0, 1100.0), 5.0
+# What a long call takes besides its steps, of either: the GPU's other work, and the part of the
+# host's during which the GPU has nothing to do.
+BESIDES, OUR_BESIDES = (70.0, 250.0), (280.0, 630.0)
 
 
 def step_us(device: Device, shape: Shape) -> tuple[float, float, bool]:
@@ -78,8 +76,7 @@ def call_us(device: Device, shape: Shape, steps: int | None, layers: int, traini
     host = HOST[training]
     if launches:
         host += layers * steps * shape.S * (4 if training else 2) * HOST_LAUNCH
-    gpu = layers * steps * each[training]
-    return max(host, gpu + WAITED[training] * HOST[training])
+    return max(host, layers * steps * each[training] + BESIDES[training])
 
 
 def our_call_us(step: tuple[float, float], steps: int | None, layers: int, training: bool) -> float:
@@ -87,5 +84,4 @@ def our_call_us(step: tuple[float, float], steps: int | None, layers: int, train
     each = sum(step) if training else step[0]
     if steps is None:
         return layers * each
-    host = OUR_HOST[training]
-    return layers * max(host, steps * each + WAITED[training] * host)
+    return layers * max(OUR_HOST[training], steps * each + OUR_BESIDES[training])

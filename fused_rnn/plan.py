@@ -101,6 +101,13 @@ def on(device: torch.device):
     return torch.cuda.device(device)
 
 
+def stream_of(device: torch.device) -> int:
+    """The current stream's handle, as Triton asks for it; ``torch.cuda.current_stream`` makes an
+    object of several microseconds."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch._C._cuda_getCurrentRawStream(index)
+
+
 @dataclass(frozen=True)
 class BlockPlan:
     """Block scan: the whole sequence in one launch, weights held by every program."""

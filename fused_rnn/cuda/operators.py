@@ -116,7 +116,7 @@ def _run(name: str, w_hh: Tensor, sequence: Tensor, *args, proj=0, reset_after=T
         sizes = S, sequence.shape[1], width, dtype, proj, reset_after, precision
     state = planning.choose, library.why_unavailable(), library.grids_lost()
     kernel = _kernel(name, device, sizes, state)
-    stream = torch.cuda.current_stream(device.index).cuda_stream if device.type == "cuda" else 0
+    stream = devices.stream_of(device) if device.type == "cuda" else 0
     choice = (kernel.kernel, kernel.rows, PRECISIONS.index(precision), stream)
     products = _no_less_than(precision, device) if kernel.kind == "step" else _NOTHING
     with torch.no_grad(), devices.on(device), products:

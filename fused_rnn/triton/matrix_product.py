@@ -125,7 +125,7 @@ def matrix_product(a: Tensor, b: Tensor, bias: Tensor | None, least: int = 1) ->
     if recipe.product is None:
         return out
     parts = out if recipe.sum is None else out.new_empty((recipe.splits, *out.shape))
-    stream = torch.cuda.current_stream(a.device).cuda_stream if a.is_cuda else None
+    stream = planning.stream_of(a.device) if a.is_cuda else None
     with on(a.device):
         bias = out if bias is None else bias
         recipe.product(
