@@ -98,12 +98,15 @@ def _model_request(
 ) -> backends.Request:
     """What decides the backend of a whole model on x [T, B, I]. No weight is read: what may have a
     gradient is taken to have one."""
-    request = backends.Request(cell, kind, dtype, (False, True)[:directions])
+    reverse = (False, True)[:directions]
     if kind != "cuda":
-        return request
+        return backends.Request(cell, kind, dtype, reverse)
     steps, rows, _ = x.shape
     sizes = (x.device.index, rows, hidden, proj, backends.rounded(steps), layers)
-    return backends.Request(*request[:8], *sizes, torch.is_grad_enabled(), waves)
+    plain = (False, False, True, False)  # flags, cells, reset_after, projected_input
+    return backends.Request(
+        cell, kind, dtype, reverse, *plain, *sizes, torch.is_grad_enabled(), waves
+    )
 
 
 def library_takes(
