@@ -57,11 +57,11 @@ def _are_copied(x: Tensor, weights: list[Tensor]) -> bool:
 
 def differentiable(cell: str, x: Tensor, states, weights, bias, layers, both, relu):
     """``call`` with derivatives of any order. What torch.nn's path is made of has them itself but
-    for the nodes of libraries: a GPU's is given a hook, and a CPU's LSTM, which is a node a layer,
-    stands inside a function."""
-    states = tuple(
-        state.contiguous() for state in states
-    )  # here already: the hook wants the node's
+    for the nodes of libraries: a GPU's is given a hook, and an LSTM elsewhere, a node a layer on a
+    CPU, stands inside a Function; so does everything where hooks may take what nodes save, for a
+    node's hook wants that. (Gradients of many vectors at once a library's node has not.)"""
+    # Here already, so that they are the node's own, which the hook wants.
+    states = tuple(state.contiguous() for state in states)
     spec = LayerSpec(cell, "reference", (False, True)[: 1 + both], relu=relu)
     count, options = 1 + len(weights), (bias, layers, both, relu)
 
@@ -72,7 +72,8 @@ def differentiable(cell: str, x: Tensor, states, weights, bias, layers, both, re
         return _reference(spec, bias, layers, given[0], given[count:], given[1:count])
 
     tensors = (x, *weights, *states)
-    if x.is_cpu and cell == "lstm":
+    packed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    if packed or (cell == "lstm" and not x.is_cuda):
         return LibraryCall.apply(run, reference, *tensors)
     outputs = run(tensors)
     node = outputs[0].grad_fn
@@ -112,8 +113,8 @@ class _Again:
         inputs = [held() for held in self.inputs]
         if any(t is None for t in inputs):
             raise RuntimeError(
-                "torch.nn's path has no second derivatives while hooks of saved tensors replace its"
-                ' inputs; use_backend("triton") has'
+                "no second derivatives of torch.nn's path whose saved tensors were given hooks"
+                " afterwards; torch.autograd.graph.saved_tensors_hooks around the forward pass has"
             )
         places = [k for k, grad in enumerate(found) if grad is not None]
         made = iter(vjp(self.reference, inputs, places, grads[: self.outputs]))

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import TensorWeakRef
 
 import fused_rnn
@@ -210,12 +211,40 @@ def test_a_librarys_node_keeps_its_inputs_no_longer_than_it_needs_them(one_node,
     assert alive() is None
 
 
-def test_second_derivatives_without_the_nodes_inputs(one_node, prefers_torch):
-    """Where hooks of saved tensors keep copies, what is wrong is said."""
+@pytest.mark.parametrize("given", [False, True])
+def test_second_derivatives_where_hooks_take_what_is_saved(given, one_node, prefers_torch):
+    """Checkpointing, and hooks that keep copies: a node would be left without its inputs."""
     module = fused_rnn.GRU(3, 4, dtype=torch.float64)
     leaf = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
-        y, _ = module(leaf * 1)
+    h0 = torch.randn(1, 5, 4, dtype=torch.float64) if given else None
+
+    def plain():
+        return module(leaf * 1, h0)[0]
+
+    def packed():
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+            return plain()
+
+    def checkpointed():
+        return checkpoint(plain, use_reentrant=False)
+
+    found = []
+    for way in (plain, packed, checkpointed):
+        (dx,) = torch.autograd.grad(way().sin().sum(), leaf, create_graph=True)
+        found.append(torch.autograd.grad(dx.square().sum(), [leaf, *module.parameters()]))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_second_derivatives_without_a_nodes_inputs(one_node, prefers_torch):
+    """Where hooks are put on a node's own saved tensors, what is wrong is said."""
+    module = fused_rnn.GRU(3, 4, dtype=torch.float64)
+    leaf = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    y, _ = module(leaf * 1)
+    node = y.grad_fn
+    assert node.name() in library.NODES
+    node._raw_saved_tensors[0].register_hooks(lambda t: t.clone(), lambda t: t)
     torch.autograd.grad(y.sum(), leaf, retain_graph=True)
-    with pytest.raises(RuntimeError, match="hooks of saved tensors"):
+    with pytest.raises(RuntimeError, match="given hooks afterwards"):
         torch.autograd.grad(y.sum(), leaf, create_graph=True)
