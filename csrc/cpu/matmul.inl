@@ -8,9 +8,10 @@ constexpr int64_t kChunkK = kMaxInput;
 
 constexpr int64_t kCopiesPay = 4;  // blocks that use a copy of their operands
 // Groups of rows taken together, a part: a block's panel serves all of them where these are all
-// there are, or where the panels are too many for the second-level cache, in which these rows then
-// stay. (Of many more, lines of the result in as many pages would be written in turn. To pack a
-// panel for so many rows takes 2 % of the time to multiply by it.)
+// there are, or where the panels are too many for the second-level cache, but in both cases only
+// where that holds these rows: a MiB in float32, if K is long. (Of many more, lines of the result
+// in as many pages would be written in turn. To pack a panel for so many rows takes 2 % of the time
+// to multiply by it.)
 constexpr int64_t kPartGroups = 10;
 
 static_assert(kChunkK % kBlockK == 0, "the order of sums must not depend on the chunks");
@@ -65,8 +66,9 @@ class Product {
     copy_ = p_.a.column != 1 ? kByColumns : !along || pays ? kByRows : kNone;
     const int64_t members = threaded ? threads : 1;
     const int64_t panels = chunk * (blocks_[0].row_elements() + blocks_[1].row_elements());
-    blocks_first_ = panels * static_cast<int64_t>(sizeof(T)) > l2_bytes() / 2;
-    share_out(members);
+    const int64_t rows = kPartGroups * kGroupRows < p_.m ? kPartGroups * kGroupRows : p_.m;
+    const auto fill = [](int64_t elements) { return sizeof(T) * elements / double(l2_bytes()); };
+    share_out(members, fill(panels) > 0.5, fill(rows * chunk) <= kCacheFilled);
     own_panel_ = chunk * kMaxVectors * Vec<T>::kWidth;
     Workspace<T> memory;
     panels_ = memory.take(blocks_first_ ? members * own_panel_ : panels);
@@ -92,8 +94,8 @@ class Product {
   };
 
   // Rows to groups of whole tiles, as large as can be; where there is little to share out, as many
-  // as give every thread the same.
-  void share_out(int64_t threads) {
+  // as give every thread the same. many: panels fill the cache; stay: a part's rows do not.
+  void share_out(int64_t threads, bool many, bool stay) {
     const int64_t tiles = (p_.m + kRows - 1) / kRows;
     groups_ = (tiles + kGroupTiles - 1) / kGroupTiles;
     const bool few = groups_ <= kPartGroups;
@@ -101,7 +103,7 @@ class Product {
     const int64_t each = (tiles + groups_ - 1) / groups_;
     group_rows_ = each * kRows, groups_ = (tiles + each - 1) / each;
     // (Short sums are bound by their result, of which whole rows are written fastest.)
-    blocks_first_ |= few && p_.k >= kSliceK;
+    blocks_first_ = stay && (many || (few && p_.k >= kSliceK));
     part_ = few ? groups_ : blocks_first_ ? kPartGroups : copy_ == kNone ? groups_ : 2 * threads;
     if (part_ > groups_) part_ = groups_;
   }
