@@ -102,10 +102,19 @@ def _model_request(
     if kind != "cuda":
         return backends.Request(cell, kind, dtype, reverse)
     steps, rows, _ = x.shape
-    sizes = (x.device.index, rows, hidden, proj, backends.rounded(steps), layers)
-    plain = (False, False, True, False)  # flags, cells, reset_after, projected_input
     return backends.Request(
-        cell, kind, dtype, reverse, *plain, *sizes, torch.is_grad_enabled(), waves
+        cell,
+        kind,
+        dtype,
+        reverse,
+        device_index=x.device.index,
+        rows=rows,
+        hidden=hidden,
+        proj=proj,
+        steps=backends.rounded(steps),
+        layers=layers,
+        training=torch.is_grad_enabled(),
+        waves=waves,
     )
 
 

@@ -26,7 +26,7 @@ def path() -> Path:
 def why_unavailable() -> str | None:
     """None where the kernels can run, having loaded them; else why not and what would help. Without
     a GPU the library is loaded only where FUSED_RNN_CUDA_LIBRARY names it. (A call of any layer
-    asks; the answer costs nothing once it is yes.)"""
+    asks; so a file that was not there is not looked for again in this process.)"""
     return None if _loaded else _load()
 
 
