@@ -6,23 +6,24 @@
 // vectors in a panel enters, so a row's result does not depend on its company. The blocks are there
 // for accuracy: the error of one chain grows with its length.
 
-constexpr int64_t kBlockK = 32;
-
 // Rows of a tile for a panel of 1..4 vectors: what fits the registers (32 with AVX-512 and on
-// aarch64, else 16) beside one k of the panel and a broadcast.
+// aarch64, else 16) beside a step along k. A tile of fewer sums takes a longer part of its time to
+// add a block's to those before: there blocks are longer.
 #if FUSED_RNN_REGISTERS == 32
 constexpr int kTileRows[5] = {0, 8, 8, 8, 6};
+constexpr int64_t kBlockK = 32;
 #else
 constexpr int kTileRows[5] = {0, 6, 6, 4, 3};
+constexpr int64_t kBlockK = 64;
 #endif
+constexpr int64_t kTurnK = 4;  // steps of a turn, so few to a block that its end is foreseen
 constexpr int kMaxVectors = 4;
 
 // Rows whose sums are in the first-level cache at a time, and the slice of a panel, along k, that
-// all their tiles use before the next: 12 KiB of sums (and as much of a projected input), 8 KiB of
-// panel, 6 KiB of operands.
+// all their tiles use before the next. With AVX-512 12 KiB of sums (and as much of a projected
+// input), 8 KiB of panel, 6 KiB of operands; with AVX2 6, 8 and 12.
 constexpr int64_t kGroupRows = 48;
-constexpr int64_t kSliceK = 32;
-static_assert(kSliceK % kBlockK == 0, "the order of sums must not depend on the slices");
+constexpr int64_t kSliceK = kBlockK;  // the order of sums does not depend on slices
 
 // Elements from row to row: an odd number of cache lines, so that a slice of many rows does not
 // fall into few sets of the cache.
@@ -54,6 +55,35 @@ struct Ahead {
   }
 };
 
+// One step along k of a tile: sum[m][v] += a[m * row] * panel[v]. Of the rows' numbers and the
+// panel's vectors the fewer are held, so that these, the sums and one of the others fit the
+// registers.
+template <class T, int kRows, int kVectors>
+FN void tile_step(const T* a, int64_t row, const T* panel, Vec<T> (&sum)[kRows][kVectors]) {
+  using V = Vec<T>;
+  if constexpr (kRows < kVectors) {
+    V x[kRows];
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) x[m] = V(a[m * row]);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const V w = V::load(panel + v * V::kWidth);
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) sum[m][v] = fma(x[m], w, sum[m][v]);
+    }
+  } else {
+    V w[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) w[v] = V::load(panel + v * V::kWidth);
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+      const V x(a[m * row]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[m][v] = fma(x, w[v], sum[m][v]);
+    }
+  }
+}
+
 // tile[m][v * kWidth + lane] (+)= sum over k of a[m * row + k * column] * panel[k][v][lane].
 template <class T, int kRows, int kVectors, bool kAsks>
 __attribute__((noinline)) void tile_product(const T* a, int64_t row, int64_t column, const T* panel,
@@ -61,27 +91,24 @@ __attribute__((noinline)) void tile_product(const T* a, int64_t row, int64_t col
   using V = Vec<T>;
   constexpr int kWidth = V::kWidth;
   do {
-    const int64_t block = k < kBlockK ? k : kBlockK;
     V sum[kRows][kVectors];
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sum[m][v] = V(T(0));
     }
-    for (int64_t i = 0; i < block; ++i) {
-      V w[kVectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) w[v] = V::load(panel + v * kWidth);
-#pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m) {
-        const V x(a[m * row]);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sum[m][v] = fma(x, w[v], sum[m][v]);
-      }
+    const auto step = [&]() FN_LAMBDA {
+      tile_step<T, kRows, kVectors>(a, row, panel, sum);
       if constexpr (kAsks) ahead.next();
       a += column;
       panel += kVectors * kWidth;
+    };
+    const int64_t block = k < kBlockK ? k : kBlockK;
+    for (int64_t turn = block / kTurnK; turn > 0; --turn) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kTurnK; ++i) step();
     }
+    for (int64_t i = block % kTurnK; i > 0; --i) step();
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
