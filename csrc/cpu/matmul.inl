@@ -254,6 +254,20 @@ class Product {
                vectors * Vec<T>::kWidth);
   }
 
+  // Asks for the lines that a block's sums of some rows are to be written to: all at once these
+  // would be waited for.
+  FN void ask_for_result(const Chunk& c, int64_t block, int64_t first, int rows) const {
+    const Right& r = p_.right[right_of(block)];
+    const int64_t bytes = vectors_of(block) * Vec<T>::kWidth * static_cast<int64_t>(sizeof(T));
+    const T* out = static_cast<const T*>(r.out) + (c.n * p_.m + first) * r.l +
+                   blocks_[right_of(block)].first_unit(own_block(block));
+    for (int m = 0; m < rows; ++m, out += r.l) {
+      for (int64_t line = 0; line < bytes; line += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(out) + line, 1, 3);
+      }
+    }
+  }
+
   // One block, whose panel is `weights`, of a group of rows, the part's `own`-th.
   void tiles(const Chunk& c, int64_t block, int64_t group, int64_t own, const T* weights) const {
     using V = Vec<T>;
@@ -271,6 +285,7 @@ class Product {
       const int64_t deep = c.depth - k < kSliceK ? c.depth - k : kSliceK;
       for (int64_t tile = 0; tile < count; ++tile) {
         const int rows = lanes_at(all, tile * kRows, kRows);
+        if (k + deep == c.depth) ask_for_result(c, block, group * group_rows_ + tile * kRows, rows);
         tile_product<T>(rows, vectors, a + tile * kRows * row + k * column, row, column,
                         weights + k * width, deep, sums + tile * kRows * width, k > 0, Ahead());
       }
