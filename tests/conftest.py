@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: the backends under test, and threads put back as they were."""
 
+import itertools
 import os
 import re
 
@@ -26,6 +27,17 @@ UNDER_TEST = {"cpu": "cpu", "reference": "cpu", "cuda": _GPU, "triton": _GPU}
 def interpreted(backend: str) -> bool:
     """Whether a backend's kernels run in an interpreter, some thousand times slower."""
     return backend == "triton" and UNDER_TEST[backend] == "cpu"
+
+
+def each_backend(*values):
+    """Rows (backend, *values) of every combination, for parametrize with ``indirect=["backend"]``.
+    Where kernels are interpreted each other combination has one of the last values, in turn."""
+    rows = []
+    for backend in UNDER_TEST:
+        for places in itertools.product(*(range(len(each)) for each in values)):
+            if not interpreted(backend) or places[-1] == sum(places[:-1]) % len(values[-1]):
+                rows.append((backend, *(each[i] for each, i in zip(values, places))))
+    return rows
 
 
 def keeps_bits(backend: str) -> bool:

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import UNDER_TEST, each_backend, interpreted
 
 from fused_rnn import testing
 from fused_rnn.precision import fp32_precision
@@ -80,21 +81,31 @@ def assert_precise(case: Case, precision: str, backend: str, device: str) -> Non
             assert high > low, name
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(
+    ("backend", "cell", "option", "dtype"),
+    each_backend([*CELLS], [*OPTIONS], DTYPES),
+    indirect=["backend"],
+    ids=str,
+)
 def test_options(cell, option, dtype, backend, device):
     assert_holds(case_of(cell, dtype=dtype, **OPTIONS[option]), backend, device)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(
+    ("backend", "cell", "size", "dtype"),
+    each_backend([*CELLS], [*SIZES], DTYPES[:3]),
+    indirect=["backend"],
+    ids=str,
+)
 def test_sizes(cell, size, dtype, backend, device):
     assert_holds(case_of(cell, dtype=dtype, **SIZES[size]), backend, device)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize(
+    ("backend", "seed"),
+    [(name, seed) for name in UNDER_TEST for seed in range(0, 40, 4 if interpreted(name) else 1)],
+    indirect=["backend"],
+)
 def test_random_configurations(seed, backend, device):
     """Sizes and options drawn at random, wider than the named ones."""
     generator = torch.Generator().manual_seed(seed)

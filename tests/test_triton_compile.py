@@ -1,8 +1,8 @@
 """Ahead-of-time compilation of the Triton kernels for GPUs that are not here: everything compiles,
 spills nothing, fits the target's shared memory, and multiplies on tensor cores where dtypes allow.
 
-By default a quarter of the configurations for each GPU, every kernel with every way of multiplying
-among them; FUSED_RNN_COMPILE=all takes all of them.
+By default a share of them for each GPU, every kernel with every way of multiplying in one size for
+some NVIDIA GPU; FUSED_RNN_COMPILE=all takes all of them.
 """
 
 import os
@@ -11,18 +11,18 @@ import pytest
 
 from fused_rnn import plan
 
-DEVICES = ["A100", "H100", "B200", "MI300X"]
+SHARES = {"A100": (0, 4), "H100": (1, 2), "B200": (2, 4), "MI300X": (3, 4)}  # part, of so many
 ALL = os.environ.get("FUSED_RNN_COMPILE") == "all"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("name", SHARES)
 def test_compiles(name):
     from fused_rnn.triton import aot
 
     device = plan.DEVICES[name]
-    chosen = aot.configurations(device) if ALL else aot.sample(device, DEVICES.index(name), 2)
-    assert len(chosen) > 50
+    chosen = aot.configurations(device) if ALL else aot.sample(device, *SHARES[name])
+    assert len(chosen) > 40
     faults = [
         f"{configuration}: {wrong}"
         for _, configuration, _, wrong in aot.compile_all([(device, c) for c in chosen])
@@ -35,10 +35,9 @@ def test_the_sample_has_every_kernel_and_way_of_multiplying():
     from fused_rnn.triton import aot
 
     device = plan.DEVICES["H100"]
-    halves = [aot.sample(device, part, 2) for part in (0, 1)]
-    found = {configuration[:4] for half in halves for configuration in half}
-    assert found == {configuration[:4] for configuration in aot.configurations(device)}
-    assert {c.kernel for c in halves[0]} | {c.kernel for c in halves[1]} == set(aot.kernels())
+    shares = [aot.sample(device, *SHARES[name]) for name in ("A100", "H100", "B200")]
+    found = [configuration[:4] for share in shares for configuration in share]
+    assert sorted(found, key=str) == sorted({c[:4] for c in aot.configurations(device)}, key=str)
 
 
 def test_faults_are_seen():
