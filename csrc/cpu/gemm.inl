@@ -13,7 +13,7 @@
 constexpr int kTileRows[5] = {0, 8, 8, 8, 6};
 constexpr int64_t kBlockK = 32;
 #else
-constexpr int kTileRows[5] = {0, 6, 6, 4, 3};
+constexpr int kTileRows[5] = {0, 8, 6, 4, 3};
 constexpr int64_t kBlockK = 64;
 #endif
 constexpr int64_t kTurnK = 4;  // steps of a turn, so few to a block that its end is foreseen

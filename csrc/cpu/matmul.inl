@@ -271,8 +271,8 @@ class Product {
   // One block, whose panel is `weights`, of a group of rows, the part's `own`-th.
   void tiles(const Chunk& c, int64_t block, int64_t group, int64_t own, const T* weights) const {
     using V = Vec<T>;
-    const int vectors = vectors_of(block), all = rows_of(group);
-    const int64_t width = vectors * V::kWidth, count = (all + kRows - 1) / kRows;
+    const int vectors = vectors_of(block), all = rows_of(group), high = kTileRows[vectors];
+    const int64_t width = vectors * V::kWidth;
     const T* a = own_a_ + own * group_elements_;
     int64_t row = padded_row<T>(c.depth), column = 1;
     if (copy_ == kByColumns) {
@@ -283,11 +283,13 @@ class Product {
     alignas(64) T sums[kGroupRows * kMaxVectors * V::kWidth];
     for (int64_t k = 0; k < c.depth || k == 0; k += kSliceK) {
       const int64_t deep = c.depth - k < kSliceK ? c.depth - k : kSliceK;
-      for (int64_t tile = 0; tile < count; ++tile) {
-        const int rows = lanes_at(all, tile * kRows, kRows);
-        if (k + deep == c.depth) ask_for_result(c, block, group * group_rows_ + tile * kRows, rows);
-        tile_product<T>(rows, vectors, a + tile * kRows * row + k * column, row, column,
-                        weights + k * width, deep, sums + tile * kRows * width, k > 0, Ahead());
+      for (int64_t m = 0; m < all; m += high) {
+        const int rows = lanes_at(all, m, high);
+        if (kAsksForResult && k + deep == c.depth) {
+          ask_for_result(c, block, group * group_rows_ + m, rows);
+        }
+        tile_product<T>(rows, vectors, a + m * row + k * column, row, column, weights + k * width,
+                        deep, sums + m * width, k > 0, Ahead());
       }
     }
     leave(c, group * group_rows_, block, all, sums);
