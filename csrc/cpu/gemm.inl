@@ -2,20 +2,21 @@
 // Included inside the instruction set's anonymous namespace; see kernels.inl.
 //
 // Bits: every element is a chain of fused multiply-adds over k in ascending order, cut into blocks
-// of kBlockK whose sums are added in order. Neither the number of rows in a tile nor the number of
-// vectors in a panel enters, so a row's result does not depend on its company. The blocks are there
-// for accuracy: the error of one chain grows with its length.
+// whose sums are added in order. Neither the number of rows in a tile nor the number of vectors in
+// a panel enters, so a row's result does not depend on its company. The blocks are there for
+// accuracy: the error of one chain grows with its length.
 
 // Rows of a tile for a panel of 1..4 vectors: what fits the registers (32 with AVX-512 and on
-// aarch64, else 16) beside a step along k. A tile of fewer sums takes a longer part of its time to
-// add a block's to those before: there blocks are longer.
+// aarch64, else 16) beside a step along k.
 #if FUSED_RNN_REGISTERS == 32
 constexpr int kTileRows[5] = {0, 8, 8, 8, 6};
-constexpr int64_t kBlockK = 32;
 #else
 constexpr int kTileRows[5] = {0, 8, 6, 4, 3};
-constexpr int64_t kBlockK = 64;
 #endif
+// Terms of a block; of sums of kLongK and more, where their number bounds the error as much. A tile
+// of fewer sums takes a longer part of its time to add a block's to those before.
+constexpr int64_t kBlockK = 32, kLongBlockK = FUSED_RNN_REGISTERS == 32 ? 32 : 64, kLongK = 512;
+FN int64_t block_terms(int64_t depth) { return depth < kLongK ? kBlockK : kLongBlockK; }
 constexpr int64_t kTurnK = 4;  // steps of a turn, so few to a block that its end is foreseen
 constexpr int kMaxVectors = 4;
 
@@ -23,7 +24,8 @@ constexpr int kMaxVectors = 4;
 // all their tiles use before the next. With AVX-512 12 KiB of sums (and as much of a projected
 // input), 8 KiB of panel, 6 KiB of operands; with AVX2 6, 8 and 12.
 constexpr int64_t kGroupRows = 48;
-constexpr int64_t kSliceK = kBlockK;  // the order of sums does not depend on slices
+constexpr int64_t kSliceK = kLongBlockK;
+static_assert(kSliceK % kBlockK == 0, "the order of sums must not depend on the slices");
 
 // Elements from row to row: an odd number of cache lines, so that a slice of many rows does not
 // fall into few sets of the cache.
@@ -84,10 +86,12 @@ FN void tile_step(const T* a, int64_t row, const T* panel, Vec<T> (&sum)[kRows][
   }
 }
 
-// tile[m][v * kWidth + lane] (+)= sum over k of a[m * row + k * column] * panel[k][v][lane].
+// tile[m][v * kWidth + lane] (+)= sum over k of a[m * row + k * column] * panel[k][v][lane], in
+// blocks of so many terms.
 template <class T, int kRows, int kVectors, bool kAsks>
 __attribute__((noinline)) void tile_product(const T* a, int64_t row, int64_t column, const T* panel,
-                                            int64_t k, T* tile, bool add, Ahead ahead) {
+                                            int64_t k, int64_t terms, T* tile, bool add,
+                                            Ahead ahead) {
   using V = Vec<T>;
   constexpr int kWidth = V::kWidth;
   do {
@@ -103,7 +107,7 @@ __attribute__((noinline)) void tile_product(const T* a, int64_t row, int64_t col
       a += column;
       panel += kVectors * kWidth;
     };
-    const int64_t block = k < kBlockK ? k : kBlockK;
+    const int64_t block = k < terms ? k : terms;
     for (int64_t turn = block / kTurnK; turn > 0; --turn) {
 #pragma GCC unroll 4
       for (int i = 0; i < kTurnK; ++i) step();
@@ -124,34 +128,37 @@ __attribute__((noinline)) void tile_product(const T* a, int64_t row, int64_t col
 
 template <class T, int kVectors, int kRows = kTileRows[kVectors]>
 FN void tile_product_rows(int rows, const T* a, int64_t row, int64_t column, const T* panel,
-                          int64_t k, T* tile, bool add, const Ahead& ahead) {
+                          int64_t k, int64_t terms, T* tile, bool add, const Ahead& ahead) {
   if constexpr (kRows > 0) {
     if (rows == kRows) {
       if constexpr (kRows >= 4) {  // with fewer, loads take as long as products
         if (ahead.at != nullptr) {
-          return tile_product<T, kRows, kVectors, true>(a, row, column, panel, k, tile, add, ahead);
+          return tile_product<T, kRows, kVectors, true>(a, row, column, panel, k, terms, tile, add,
+                                                        ahead);
         }
       }
-      return tile_product<T, kRows, kVectors, false>(a, row, column, panel, k, tile, add, ahead);
+      return tile_product<T, kRows, kVectors, false>(a, row, column, panel, k, terms, tile, add,
+                                                     ahead);
     }
-    tile_product_rows<T, kVectors, kRows - 1>(rows, a, row, column, panel, k, tile, add, ahead);
+    tile_product_rows<T, kVectors, kRows - 1>(rows, a, row, column, panel, k, terms, tile, add,
+                                              ahead);
   }
 }
 
 // As tile_product for any 1 <= rows <= kTileRows[vectors].
 template <class T>
 __attribute__((noinline)) void tile_product(int rows, int vectors, const T* a, int64_t row,
-                                            int64_t column, const T* panel, int64_t k, T* tile,
-                                            bool add, const Ahead& ahead) {
+                                            int64_t column, const T* panel, int64_t k,
+                                            int64_t terms, T* tile, bool add, const Ahead& ahead) {
   switch (vectors) {
     case 4:
-      return tile_product_rows<T, 4>(rows, a, row, column, panel, k, tile, add, ahead);
+      return tile_product_rows<T, 4>(rows, a, row, column, panel, k, terms, tile, add, ahead);
     case 3:
-      return tile_product_rows<T, 3>(rows, a, row, column, panel, k, tile, add, ahead);
+      return tile_product_rows<T, 3>(rows, a, row, column, panel, k, terms, tile, add, ahead);
     case 2:
-      return tile_product_rows<T, 2>(rows, a, row, column, panel, k, tile, add, ahead);
+      return tile_product_rows<T, 2>(rows, a, row, column, panel, k, terms, tile, add, ahead);
     default:
-      return tile_product_rows<T, 1>(rows, a, row, column, panel, k, tile, add, ahead);
+      return tile_product_rows<T, 1>(rows, a, row, column, panel, k, terms, tile, add, ahead);
   }
 }
 
@@ -309,7 +316,7 @@ __attribute__((noinline)) void direct_rows(const Weights& w, int64_t at, const B
   using V = Vec<T>;
   constexpr int kWidth = V::kWidth;
   const int vectors = blocks.depth_vectors(block) * w.gates;
-  const int64_t next = w.unit == 1 ? kBlockK * w.column : kBlockK;
+  const int64_t terms = block_terms(w.depth), next = w.unit == 1 ? terms * w.column : terms;
   int64_t from[kMaxVectors];
   int lanes[kMaxVectors];
   V total[kRows * kMaxVectors];
@@ -319,8 +326,8 @@ __attribute__((noinline)) void direct_rows(const Weights& w, int64_t at, const B
     lanes[v] = w.units - u < kWidth ? static_cast<int>(w.units - u) : kWidth;
   }
   for (int i = 0; i < kRows * vectors; ++i) total[i] = V(T(0));
-  for (int64_t k = 0; k < w.depth; k += kBlockK) {
-    const int64_t deep = w.depth - k < kBlockK ? w.depth - k : kBlockK;
+  for (int64_t k = 0; k < w.depth; k += terms) {
+    const int64_t deep = w.depth - k < terms ? w.depth - k : terms;
     if (w.unit == 1) {
       for (int v = 0; v < vectors; ++v) {
         direct_sums_beside<T, kRows>(w, from[v], lanes[v], x + k, ld, deep, total + v, vectors,

@@ -14,7 +14,7 @@ constexpr int64_t kCopiesPay = 4;  // blocks that use a copy of their operands
 // to multiply by it.)
 constexpr int64_t kPartGroups = 10;
 
-static_assert(kChunkK % kBlockK == 0, "the order of sums must not depend on the chunks");
+static_assert(kChunkK % kLongBlockK == 0, "the order of sums must not depend on the chunks");
 
 // Sums over `depth` terms from `at` on, of `rows` rows from the first on, `ld` apart, and so many
 // vectors of columns from u on, to the result; with the bias where the terms are the last.
@@ -289,7 +289,7 @@ class Product {
           ask_for_result(c, block, group * group_rows_ + m, rows);
         }
         tile_product<T>(rows, vectors, a + m * row + k * column, row, column, weights + k * width,
-                        deep, sums + m * width, k > 0, Ahead());
+                        deep, block_terms(c.depth), sums + m * width, k > 0, Ahead());
       }
     }
     leave(c, group * group_rows_, block, all, sums);

@@ -493,7 +493,7 @@ class Runner {
           Ahead ahead;
           if (share.asks) ahead = Ahead(after, deep * width * sizeof(T), count, tile, deep);
           tile_product<T>(rows, vectors, operand + first * ld + k, ld, 1, panel + k * width, deep,
-                          sums + first * width, k > 0, ahead);
+                          block_terms(depth), sums + first * width, k > 0, ahead);
         }
         first += rows;
       }
