@@ -13,10 +13,14 @@ constexpr int kTileRows[5] = {0, 8, 8, 8, 6};
 #else
 constexpr int kTileRows[5] = {0, 8, 6, 4, 3};
 #endif
-// Terms of a block; of sums of kLongK and more, where their number bounds the error as much. A tile
-// of fewer sums takes a longer part of its time to add a block's to those before.
-constexpr int64_t kBlockK = 32, kLongBlockK = FUSED_RNN_REGISTERS == 32 ? 32 : 64, kLongK = 512;
-FN int64_t block_terms(int64_t depth) { return depth < kLongK ? kBlockK : kLongBlockK; }
+// Terms of a block. Where many blocks' sums are added their number bounds the error as much, so
+// blocks may be longer (where tiles are of few sums, which take a longer part of their time to be
+// added to those before): sooner if the result is known to have many columns, for of few one sum's
+// bad luck is all there is.
+constexpr int64_t kBlockK = 32, kLongBlockK = FUSED_RNN_REGISTERS == 32 ? 32 : 64;
+FN int64_t block_terms(int64_t depth, int64_t columns = 0) {
+  return depth < (columns < 64 ? 1024 : 512) ? kBlockK : kLongBlockK;
+}
 constexpr int64_t kTurnK = 4;  // steps of a turn, so few to a block that its end is foreseen
 constexpr int kMaxVectors = 4;
 
@@ -312,11 +316,12 @@ FN void direct_sums_beside(const Weights& w, int64_t from, int lanes, const T* x
 // direct_product of kRows rows.
 template <class T, int kRows>
 __attribute__((noinline)) void direct_rows(const Weights& w, int64_t at, const Blocks& blocks,
-                                           int64_t block, const T* x, int64_t ld, T* tile) {
+                                           int64_t block, const T* x, int64_t ld, int64_t terms,
+                                           T* tile) {
   using V = Vec<T>;
   constexpr int kWidth = V::kWidth;
   const int vectors = blocks.depth_vectors(block) * w.gates;
-  const int64_t terms = block_terms(w.depth), next = w.unit == 1 ? terms * w.column : terms;
+  const int64_t next = w.unit == 1 ? terms * w.column : terms;
   int64_t from[kMaxVectors];
   int lanes[kMaxVectors];
   V total[kRows * kMaxVectors];
@@ -356,10 +361,10 @@ __attribute__((noinline)) void direct_rows(const Weights& w, int64_t at, const B
 // begin.
 template <class T, int kRows = kDirectRows>
 FN void direct_product(int rows, const Weights& w, int64_t at, const Blocks& blocks, int64_t block,
-                       const T* x, int64_t ld, T* tile) {
+                       const T* x, int64_t ld, int64_t terms, T* tile) {
   if constexpr (kRows > 0) {
-    if (rows == kRows) return direct_rows<T, kRows>(w, at, blocks, block, x, ld, tile);
-    direct_product<T, kRows - 1>(rows, w, at, blocks, block, x, ld, tile);
+    if (rows == kRows) return direct_rows<T, kRows>(w, at, blocks, block, x, ld, terms, tile);
+    direct_product<T, kRows - 1>(rows, w, at, blocks, block, x, ld, terms, tile);
   }
 }
 

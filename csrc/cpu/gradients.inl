@@ -215,8 +215,8 @@ class Gradients {
           do {  // in chunks, as in matmul.inl
             const int64_t deep = g_.width_ - at < kMaxInput ? g_.width_ - at : kMaxInput;
             tile_product<T>(rows, vectors, kept_row(k) + at, g_.ld_, 1,
-                            w.at(s_, block) + at * vectors * kWidth, deep, block_terms(deep), tile,
-                            false, Ahead());
+                            w.at(s_, block) + at * vectors * kWidth, deep, block_terms(g_.width_),
+                            tile, false, Ahead());
             const T* from = tile;
             for (int64_t m = k; m < k + rows; ++m) {
               const int64_t row = step_[m / rows_] * g_.layer_.batch + from_ + m % rows_;

@@ -239,7 +239,7 @@ class Product {
         const Weights weights{b.data, b.dtype, 1, p_.right[0].l, c.depth, 0, b.column, b.row};
         const T* a = static_cast<const T*>(p_.a.data) + n * p_.a.batch + at;
         direct_product<T>(rows, weights, n * b.batch + at * b.row, blocks_[0], block, a, p_.a.row,
-                          sums);
+                          block_terms(p_.k), sums);
         leave(c, 0, block, rows, sums);
         at += c.depth;
       } while (at < p_.k);
@@ -273,6 +273,7 @@ class Product {
     using V = Vec<T>;
     const int vectors = vectors_of(block), all = rows_of(group), high = kTileRows[vectors];
     const int64_t width = vectors * V::kWidth;
+    const int64_t terms = block_terms(p_.k);
     const T* a = own_a_ + own * group_elements_;
     int64_t row = padded_row<T>(c.depth), column = 1;
     if (copy_ == kByColumns) {
@@ -289,7 +290,7 @@ class Product {
           ask_for_result(c, block, group * group_rows_ + m, rows);
         }
         tile_product<T>(rows, vectors, a + m * row + k * column, row, column, weights + k * width,
-                        deep, block_terms(c.depth), sums + m * width, k > 0, Ahead());
+                        deep, terms, sums + m * width, k > 0, Ahead());
       }
     }
     leave(c, group * group_rows_, block, all, sums);

@@ -44,6 +44,7 @@ struct Panels {
   Weights weights{};
   int64_t entry = 0;  // stride of the stack in the weights' elements
   Blocks blocks;
+  int64_t terms = 0;  // of a block of sums
   int parts = 0;
   T* data = nullptr;  // [S][elements()]
 
@@ -53,7 +54,9 @@ struct Panels {
   Panels(Workspace<T>& memory, const Layer& layer, const Rows& w, int64_t offset, int gates,
          int64_t units, int64_t depth, int64_t gate, int64_t unit, int64_t column,
          Beside beside = kState)
-      : entry(w.entry), blocks(gates, Vec<T>::kWidth, units) {
+      : entry(w.entry),
+        blocks(gates, Vec<T>::kWidth, units),
+        terms(block_terms(depth, beside == kState ? gates * units : 0)) {
     const char* start = static_cast<const char*>(w.data) + offset * size_of(w.dtype);
     weights = Weights{start, w.dtype, gates, units, depth, gate, unit, column};
     if (kHasTiles && sizeof(T) == 4 && beside != kVectors) {

@@ -411,7 +411,8 @@ class Runner {
       projects = w_ih.depth() > 0;
       if (projects && direct_) {
         direct_product<T>(static_cast<int>(to - from), w_ih.weights, s * w_ih.entry, w_ih.blocks,
-                          block, scan_.input_row(t, from), scan_.input.x.row, projected);
+                          block, scan_.input_row(t, from), scan_.input.x.row, w_ih.terms,
+                          projected);
       } else if (projects) {
         const T* x = w_ih.parts > 0 ? nullptr : scan_.input_row(t, from);
         multiply(w_ih, share, share.input, t, s, block, x, scan_.input.x.row, own, from, multiplied,
@@ -427,7 +428,7 @@ class Runner {
     } else if (direct_) {
       ahead(from, to);
       direct_product<T>(static_cast<int>(to - from), w.weights, s * w.entry, w.blocks, block,
-                        operand, phase.operand.ld, sums);
+                        operand, phase.operand.ld, w.terms, sums);
     } else {
       multiply(w, share, share.state, t, s, block, operand, phase.operand.ld, following, from,
                multiplied, sums, ahead);
@@ -493,7 +494,7 @@ class Runner {
           Ahead ahead;
           if (share.asks) ahead = Ahead(after, deep * width * sizeof(T), count, tile, deep);
           tile_product<T>(rows, vectors, operand + first * ld + k, ld, 1, panel + k * width, deep,
-                          block_terms(depth), sums + first * width, k > 0, ahead);
+                          w.terms, sums + first * width, k > 0, ahead);
         }
         first += rows;
       }
