@@ -38,6 +38,9 @@ def test_the_sample_has_every_kernel_and_way_of_multiplying():
     shares = [aot.sample(device, *SHARES[name]) for name in ("A100", "H100", "B200")]
     found = [configuration[:4] for share in shares for configuration in share]
     assert sorted(found, key=str) == sorted({c[:4] for c in aot.configurations(device)}, key=str)
+    assert {configuration.kernel for share in shares for configuration in share} == set(
+        aot.kernels()
+    )
 
 
 def test_faults_are_seen():
