@@ -84,7 +84,8 @@ def train(
         h0, c0 = states if len(states) == 2 else (states[0], None)
         if first and dropout:
             x = torch.nn.functional.dropout(x, dropout)
-        x, *final = WholeLayer.apply(spec, False, x, *(own if bias else (*own, None, None)), h0, c0)
+        own = own if bias else (*own, None, None)
+        x, *final = WholeLayer.apply(spec, False, x, *own, h0, c0, None)
         finals.append(final)
     if len(finals) == 1:
         states = finals[0]

@@ -334,7 +334,9 @@ _library.define(
 torch.library.register_fake("fused_rnn::cpu_layers", _fake_layers, lib=_library)
 
 
-def _fake_layer_forward(x, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, cell, relu):
+def _fake_layer_forward(x, w_ih, w_hh, b_ih, b_hh, h0, c0, flags, reverse, cell, relu):
+    if flags is not None:
+        raise NotImplementedError("the size of the tape depends on the values of flags")
     steps, rows, _ = x.shape
     stack, hidden = h0.shape[0], w_hh.shape[-1]
     acc = ACC_DTYPE[w_hh.dtype]
@@ -349,8 +351,9 @@ def _fake_layer_forward(x, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, cell, relu):
 
 
 def _fake_layer_backward(
-    dy, dh_n, dc_n, dcells, x, w_ih, w_hh, h0, c0, y, cells, gates, reverse, cell, relu, *wanted
-):
+    dy, dh_n, dc_n, dcells, x, w_ih, w_hh, h0, c0, y, cells, gates, flags, reverse, cell, relu,
+    *wanted,
+):  # fmt: skip
     acc = ACC_DTYPE[w_hh.dtype]
     *stack, width, hidden = w_hh.shape
     shapes = [x.shape, w_ih.shape, w_hh.shape, (*stack, width), (*stack, hidden)]
@@ -362,10 +365,10 @@ def _fake_layer_backward(
 
 # One layer of a training step, shapes as autograd.LayerInputs has them, y [T, B, S*P]: the outputs
 # of forward and the tape; the gradients of x, w_ih, w_hh, b_ih, the GRU's b_hn, h0 and c0. What
-# there is not is empty.
+# there is not is empty. Where rows end early the tape is [N, 1, S, n], of the N steps taken.
 _library.define(
     "cpu_layer_forward(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor h0,"
-    " Tensor? c0, bool[] reverse, int cell, bool relu)"
+    " Tensor? c0, Tensor? flags, bool[] reverse, int cell, bool relu)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -373,8 +376,9 @@ torch.library.register_fake("fused_rnn::cpu_layer_forward", _fake_layer_forward,
 _library.define(
     "cpu_layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor x,"
     " Tensor w_ih, Tensor w_hh, Tensor h0, Tensor? c0, Tensor y, Tensor? cells, Tensor? gates,"
-    " bool[] reverse, int cell, bool relu, bool want_x, bool want_w_ih, bool want_w_hh,"
-    " bool want_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? flags, bool[] reverse, int cell, bool relu, bool want_x, bool want_w_ih,"
+    " bool want_w_hh, bool want_bias)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.register_fake("fused_rnn::cpu_layer_backward", _fake_layer_backward, lib=_library)

@@ -11,6 +11,7 @@ from fused_rnn.autograd import (
     ScanBackward,
     as_wanted,
     backward,
+    forward,
     scan_function,
 )
 from fused_rnn.ops import CELLS
@@ -19,12 +20,12 @@ _cpu_layer_forward = torch.ops.fused_rnn.cpu_layer_forward.default
 _cpu_layer_backward = torch.ops.fused_rnn.cpu_layer_backward.default
 
 
-def is_whole(spec: LayerSpec, inputs: LayerInputs) -> bool:
+def is_whole(spec: LayerSpec, inputs: LayerInputs, cells: bool) -> bool:
     """Whether ``WholeLayer`` takes a layer: a plain one, on the CPU's kernels, that no transform,
-    mode or compiler looks at."""
+    mode or compiler looks at. With flags its cells are not to be had."""
     return (
         spec.backend == "cpu"
-        and inputs.flags is None
+        and (inputs.flags is None or not cells)
         and inputs.w_ih is not None
         and inputs.w_hr is None
         and spec.reset_after
@@ -36,18 +37,18 @@ def is_whole(spec: LayerSpec, inputs: LayerInputs) -> bool:
 
 
 class WholeLayer(torch.autograd.Function):
-    """A layer by one operator each way: apply(spec, cells, x, w_ih, w_hh, b_ih, b_hh, h0, c0) ->
-    (y, h_n) and of the LSTM c_n and, if asked for, cells. In single steps most of the time is
-    Python's and the graph's; hence no more outputs than are wanted, and no names."""
+    """A layer by one operator each way: apply(spec, cells, x, w_ih, w_hh, b_ih, b_hh, h0, c0,
+    flags) -> (y, h_n) and of the LSTM c_n and, if asked for, cells. In single steps most of the
+    time is Python's and the graph's; hence no more outputs than are wanted, and no names."""
 
     @staticmethod
-    def forward(ctx, spec, cells, x, w_ih, w_hh, b_ih, b_hh, h0, c0):
+    def forward(ctx, spec, cells, *inputs):
         y, h_n, c_n, *tape = _cpu_layer_forward(
-            x, w_ih, w_hh, b_ih, b_hh, h0, c0, spec.reverse, CELLS.index(spec.cell), spec.relu
+            *inputs, spec.reverse, CELLS.index(spec.cell), spec.relu
         )
         ctx.spec = spec
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, w_ih, w_hh, b_ih, b_hh, h0, c0, y, *tape)
+        ctx.save_for_backward(*inputs, y, *tape)
         if spec.cell != "lstm":
             return y, h_n
         return (y, h_n, c_n, tape[0]) if cells else (y, h_n, c_n)
@@ -55,24 +56,28 @@ class WholeLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n=None, dcells=None):
         spec, (*inputs, y, cells, gates) = ctx.spec, ctx.saved_tensors
-        x, w_ih, w_hh, b_ih, b_hh, h0, c0 = inputs
-        want = ctx.needs_input_grad[2:]
+        x, w_ih, w_hh, b_ih, b_hh, h0, c0, flags = inputs
+        want = ctx.needs_input_grad[2:-1]
         lstm, gru = spec.cell == "lstm", spec.cell == "gru"
         if torch.is_grad_enabled() or not observers.unwatched():
             wanted = (*want[:5], False, *want[5:])
             grads = (dy, dh_n, dc_n, dcells) if lstm else (dy, dh_n)
+            given = LayerInputs(*inputs[:5], None, *inputs[5:])
+            if flags is not None:  # a tape of all steps
+                with torch.no_grad():
+                    _, _, *kept = forward(spec, given, training=True)
+                cells, gates = kept[1:] if lstm else (None, *kept, None)[:2]
             tape = (y, cells, gates) if lstm else (y, gates) if gru else (y,)
-            given = LayerInputs(*inputs[:5], None, *inputs[5:], None)
             if not torch.is_grad_enabled():  # vmap over gradients, say
                 found = backward(spec, wanted, grads, given, tape)
-                return None, None, *found[:5], *found[6:8]
+                return None, None, *found[:5], *found[6:8], None
             found = iter(ScanBackward.apply(spec, wanted, *grads, *given, *tape))
-            return None, None, *(next(found) if needed else None for needed in want)
+            return None, None, *(next(found) if needed else None for needed in want), None
         want_b = want[3] or want[4]
         dx, dw_ih, dw_hh, db_ih, db_hn, dh0, dc0 = _cpu_layer_backward(
             *(dy, dh_n, dc_n, dcells, x, w_ih, w_hh, h0, c0, y),
             *(cells if lstm else None, gates if lstm or gru else None),
-            *(spec.reverse, CELLS.index(spec.cell), spec.relu, *want[:3], want_b),
+            *(flags, spec.reverse, CELLS.index(spec.cell), spec.relu, *want[:3], want_b),
         )
         db_hh = None
         if want[4] and gru:
@@ -80,13 +85,13 @@ class WholeLayer(torch.autograd.Function):
         elif want[4]:  # a tensor of its own: gradients are changed in place
             db_hh = db_ih.clone() if want[3] else db_ih
         found = (dx, dw_ih, dw_hh, db_ih, db_hh, dh0, dc0)
-        return None, None, *as_wanted(want, found, inputs)
+        return None, None, *as_wanted(want, found, inputs), None
 
 
 def run(spec: LayerSpec, inputs: LayerInputs, cells: bool) -> tuple[Tensor, ...]:
     """A layer with gradients: the differentiable outputs of ``forward`` (the LSTM's cells perhaps
     only where they are asked for), and perhaps the tape after them."""
-    if is_whole(spec, inputs):
-        x, w_ih, w_hh, b_ih, b_hh, _, h0, c0, _ = inputs
-        return WholeLayer.apply(spec, cells, x, w_ih, w_hh, b_ih, b_hh, h0, c0)
+    if is_whole(spec, inputs, cells):
+        x, w_ih, w_hh, b_ih, b_hh, _, h0, c0, flags = inputs
+        return WholeLayer.apply(spec, cells, x, w_ih, w_hh, b_ih, b_hh, h0, c0, flags)
     return scan_function().apply(spec, *inputs)

@@ -53,7 +53,7 @@ def outcomes(cell, inputs, spec):
 
 
 def in_parts(monkeypatch):
-    monkeypatch.setattr(whole, "is_whole", lambda spec, inputs: False)
+    monkeypatch.setattr(whole, "is_whole", lambda spec, inputs, cells: False)
 
 
 @cells
@@ -163,13 +163,13 @@ def test_operators(cell):
     inputs = LayerInputs(*(None if t is None else t.detach() for t in layer(cell)))
     x, w_ih, w_hh, b_ih, b_hh, _, h0, c0, _ = inputs
     number = list(GATES).index(cell)
-    given = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, list(REVERSE), number, False)
+    given = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, None, list(REVERSE), number, False)
     torch.library.opcheck(forward, given)
     y, h_n, c_n, tape, gates = forward(*given)
     lstm = cell == "lstm"
     tapes = (tape if lstm else None, gates if cell != "rnn" else None)
     grads = (y, h_n, c_n, tape) if lstm else (y, h_n, None, None)
-    common = (*grads, x, w_ih, w_hh, h0, c0, y, *tapes, list(REVERSE), number, False)
+    common = (*grads, x, w_ih, w_hh, h0, c0, y, *tapes, None, list(REVERSE), number, False)
     torch.library.opcheck(backward, (*common, True, True, True, True))
     for place in range(4):
         wanted = [k == place for k in range(4)]
@@ -191,7 +191,7 @@ def test_operators(cell):
 def test_operators_refuse_what_they_cannot_take():
     inputs = LayerInputs(*(None if t is None else t.detach() for t in layer("gru")))
     x, w_ih, w_hh, b_ih, b_hh, _, h0, _, _ = inputs
-    rest = (list(REVERSE), 1, False)
+    rest = (None, list(REVERSE), 1, False)
 
     def refuses(match, *given):
         with pytest.raises(RuntimeError, match=match):
@@ -205,10 +205,10 @@ def test_operators_refuse_what_they_cannot_take():
     refuses("both biases", x, w_ih, w_hh, b_ih, None, h0, None, *rest)
     refuses("b_hh must have shape", x, w_ih, w_hh, b_ih, b_hh[:, :2], h0, None, *rest)
     refuses("h0 must have shape", x, w_ih, w_hh, b_ih, b_hh, h0[:1], None, *rest)
-    refuses("reverse must have", x, w_ih, w_hh, b_ih, b_hh, h0, None, [True], 1, False)
-    refuses("cell must be", x, w_ih, w_hh, b_ih, b_hh, h0, None, list(REVERSE), 5, False)
+    refuses("reverse must have", x, w_ih, w_hh, b_ih, b_hh, h0, None, None, [True], 1, False)
+    refuses("cell must be", x, w_ih, w_hh, b_ih, b_hh, h0, None, None, list(REVERSE), 5, False)
     given = layer("lstm")
-    refuses("the LSTM has a c0", *given[:5], given.h0, None, list(REVERSE), 0, False)
+    refuses("the LSTM has a c0", *given[:5], given.h0, None, None, list(REVERSE), 0, False)
 
 
 def test_sums_of_many_rows():
@@ -231,7 +231,7 @@ inputs = layer("lstm", steps=60, rows=8, hidden=40)
 def tape():
     names = "x", "w_ih", "w_hh", "b_ih", "b_hh", "h0", "c0"
     given = (getattr(inputs, name).detach() for name in names)
-    return torch.ops.fused_rnn.cpu_layer_forward(*given, [False, True], 0, False)[3:]
+    return torch.ops.fused_rnn.cpu_layer_forward(*given, None, [False, True], 0, False)[3:]
 
 first = tape()
 values = [t.clone() for t in first]

@@ -140,7 +140,8 @@ def test_no_entries(rows):
     y = torch.zeros(20, rows, 0)
     found = torch.ops.fused_rnn.cpu_layer_backward(
         *(y, None, None, None, torch.ones(20, rows, 4), torch.zeros(0, 8, 4), torch.zeros(0, 8, 8)),
-        *(torch.zeros(0, rows, 8), None, y, None, None, [], 2, False, True, True, True, True),
+        *(torch.zeros(0, rows, 8), None, y, None, None, None, [], 2, False),
+        *(True, True, True, True),
     )
     assert torch.equal(found[0], torch.zeros(20, rows, 4))
     assert [t.shape[0] for t in found[1:4]] == [0, 0, 0]

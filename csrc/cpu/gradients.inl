@@ -39,17 +39,16 @@ class Gradients {
         ld_(padded_row<T>(all_)) {
     if (q.chunks == 0) return;
     const int64_t hidden = layer.hidden, h = q.dw_hh ? hidden : 0, x = q.dw_ih ? q.size : 0;
-    const int64_t rows = (layer.batch + q.chunks - 1) / q.chunks;
-    slots_ = rows < kKeptRows ? kKeptRows / rows : 1;
+    const int64_t rows = most_rows(q.places, layer.batch, q.chunks);
+    room_ = rows < kKeptRows ? kKeptRows / rows * rows : rows;
     if (inner) {
       add_part(width_, h, 0, 2 * hidden, hidden);
       add_part(width_, 0, x, width_, 0);
     } else {
       add_part(width_, h, x, width_, 0);
     }
-    const int64_t kept = slots_ * rows;
-    panel_ = kept * ld_;
-    now_ = panel_ + kept * panel_columns_;
+    panel_ = room_ * ld_;
+    now_ = panel_ + room_ * panel_columns_;
     sums_size_ = elements_ + ld_;
     scratch_size_ = now_ + sums_size_;
     scratch_ = memory.take(thread_count() * scratch_size_);
@@ -61,6 +60,7 @@ class Gradients {
   }
 
   int64_t chunks() const { return q_.chunks; }
+  const Places& places() const { return q_.places; }
   // What a row of a step takes, beside the scan.
   double row_seconds() const {
     double columns = q_.dx != nullptr ? static_cast<double>(q_.size) : 0;
@@ -93,35 +93,51 @@ class Gradients {
           sums_(all.sums_ + (s * all.q_.chunks + chunk) * all.sums_size_) {}
 
     // Where the gates' gradients of the next step go.
-    Kept next() const { return Kept{group_, (steps_ * rows_ - from_) * g_.ld_, g_.ld_, g_.width_}; }
-    // Step t is done, by all of the group; `before`: the step whose state entered it, -1 where that
-    // was the initial one. True where what was kept has been used: the group has to wait before
-    // it keeps more.
-    bool done(int64_t t, int64_t before, bool last) {
-      step_[steps_] = t, before_[steps_] = before;
-      if (++steps_ < g_.slots_ && !last) return false;
+    Kept next() const { return Kept{group_, (kept_ - from_) * g_.ld_, g_.ld_, g_.width_}; }
+    // Step t of so many rows is done, by all of the group; `before`: the step whose state entered
+    // it, -1 where that was the initial one. True where what was kept has been used: the group has
+    // to wait before it keeps more.
+    bool done(int64_t t, int64_t before, int64_t rows, bool last) {
+      if (rows > 0) {
+        const Places& places = g_.q_.places;
+        const int64_t live = before < 0 ? 0 : places.live(before, g_.layer_.batch) - from_;
+        const int64_t others = live < 0 ? 0 : live < rows ? live : rows;
+        const int64_t place = places.at(t), row = place * (places.first ? 1 : g_.layer_.batch);
+        step_[steps_++] = {t, place, before < 0 ? 0 : places.at(before), row + from_, rows, others};
+        kept_ += rows;
+      }
+      if (kept_ + rows_ <= g_.room_ && steps_ < kKeptRows && !last) return false;
       use(last);
       return true;
     }
 
    private:
-    int64_t kept() const { return steps_ * rows_; }
+    // Step t, which is kept: where its rows begin, and where those of the step whose state entered
+    // it; the first of the chunk's rows, counted through all steps; how many these are, and how
+    // many of them had the step before.
+    struct KeptStep {
+      int64_t t, place, before, first, rows, others;
+    };
+
     const T* kept_row(int64_t k) const { return group_ + k * g_.ld_; }
     // Slice k of n has [n * k / slices, n * (k + 1) / slices).
     int64_t own_from(int64_t n) const { return n * slice_ / slices_; }
     int64_t own_to(int64_t n) const { return n * (slice_ + 1) / slices_; }
 
     void use(bool last) {
-      const bool add = products_ > 0;
       T* now = own_ + g_.now_;
-      for (int i = 0; i < g_.parts_; ++i) {
-        pack_entered(g_.part_[i]);
-        multiply(g_.part_[i], now + g_.part_[i].sums, add);
+      if (kept_ > 0) {
+        const bool add = products_++ > 0;
+        for (int i = 0; i < g_.parts_; ++i) {
+          pack_entered(g_.part_[i]);
+          multiply(g_.part_[i], now + g_.part_[i].sums, add);
+        }
+        if (g_.q_.db != nullptr && slice_ == 0) add_rows(now + g_.elements_, add);
+        if (g_.q_.dx != nullptr) input_gradients();
       }
-      if (g_.q_.db != nullptr && slice_ == 0) add_rows(now + g_.elements_, add);
-      if (g_.q_.dx != nullptr) input_gradients();
-      steps_ = 0;
-      if (++products_ < kProductsASum && !last) return;
+      steps_ = 0, kept_ = 0;
+      if (!last && products_ < kProductsASum) return;
+      if (products_ == 0 && summed_) return;
       for (int i = 0; i < g_.parts_; ++i) {
         const Part& p = g_.part_[i];
         for (int64_t block = 0; block < p.blocks.count; ++block) {
@@ -135,7 +151,7 @@ class Gradients {
     }
     void pass_on(const T* now, int64_t from, int64_t to) const {
       for (int64_t e = from; e < to; e += kWidth) {
-        const V x = V::load(now + e);
+        const V x = products_ > 0 ? V::load(now + e) : V(T(0));  // of a chunk without steps, zeros
         (summed_ ? V::load(sums_ + e) + x : x).store(sums_ + e);
       }
     }
@@ -145,18 +161,19 @@ class Gradients {
       T* panel = own_ + g_.panel_;
       for (int64_t block = 0; block < p.blocks.count; ++block) {
         const int vectors = p.blocks.depth_vectors(block);
-        T* to = panel + p.blocks.row_offset(block) * kept();
-        for (int64_t i = 0; i < steps_; ++i) {
-          const bool first = before_[i] < 0;
-          const Rows& h = first ? g_.q_.h0 : g_.q_.y;
+        T* to = panel + p.blocks.row_offset(block) * kept_;
+        // Rows [first, last) of the chunk's, with states of `h` from h_at on for the first of all.
+        const auto rows = [&](const KeptStep& step, const SegmentStarts& starts, const Rows& h,
+                              int64_t h_at, int64_t first, int64_t last) FN_LAMBDA {
           const Rows& x = g_.q_.x;
-          int64_t h_at = s_ * h.entry + (first ? 0 : before_[i] * h.step) + from_ * h.row;
-          int64_t x_at = step_[i] * x.step + from_ * x.row;
-          for (int64_t b = 0; b < rows_; ++b, h_at += h.row, x_at += x.row) {
+          int64_t x_at = step.place * x.step + (from_ + first) * x.row;
+          h_at += s_ * h.entry + (from_ + first) * h.row;
+          for (int64_t b = first; b < last; ++b, h_at += h.row, x_at += x.row) {
+            const bool cut = starts.at(from_ + b);
             for (int v = 0; v < vectors; ++v, to += kWidth) {
               const int64_t c = p.blocks.first_unit(block) + v * kWidth;
               const int of_h = c < p.h ? lanes_at(p.h, c, kWidth) : 0;
-              if (of_h > 0) load<T>(h.data, h.dtype, h_at + c, of_h).store(to);
+              if (of_h > 0) zero_if(cut, load<T>(h.data, h.dtype, h_at + c, of_h)).store(to);
               if (of_h == kWidth) continue;
               const int64_t column = c + of_h - p.h;
               const int of_x = column < p.x ? lanes_at(p.x, column, kWidth - of_h) : 0;
@@ -164,6 +181,14 @@ class Gradients {
               of_h > 0 ? rest.store(to + of_h, of_x) : rest.store(to);
             }
           }
+        };
+        for (int64_t i = 0; i < steps_; ++i) {
+          const KeptStep& step = step_[i];
+          const Rows& y = g_.q_.y;
+          const int64_t starting = step.t + (g_.layer_.reverse[s_] ? 1 : 0);
+          const SegmentStarts starts(g_.layer_, g_.q_.places, starting);
+          rows(step, starts, y, step.before * y.step, 0, step.others);
+          rows(step, starts, g_.q_.h0, 0, step.others, step.rows);
         }
       }
     }
@@ -177,7 +202,7 @@ class Gradients {
           const int64_t end = m < p.split && p.split < last ? p.split : last;
           const int rows = lanes_at(end, m, kTileRows[vectors]);
           tile_product<T>(rows, vectors, a + m + (m < p.split ? 0 : p.skip), 1, g_.ld_,
-                          panel + offset * kept(), kept(), kBlockK,
+                          panel + offset * kept_, kept_, kBlockK,
                           sums + offset * p.rows + m * vectors * kWidth, add, Ahead());
           m += rows;
         }
@@ -191,7 +216,7 @@ class Gradients {
         const int vectors = left < kVectors ? static_cast<int>(left) : kVectors;
         V sum[kVectors];
         for (int v = 0; v < kVectors; ++v) sum[v] = V(T(0));
-        for (int64_t k = 0; k < kept(); ++k) {
+        for (int64_t k = 0; k < kept_; ++k) {
           const T* row = kept_row(k) + u;
           for (int v = 0; v < vectors; ++v) sum[v] = sum[v] + V::load(row + v * kWidth);
         }
@@ -203,24 +228,27 @@ class Gradients {
     }
     void input_gradients() const {
       const Panels<T>& w = g_.w_ih_;
-      const int64_t size = g_.q_.size;
+      const int64_t size = g_.q_.size, terms = block_terms(g_.width_);
       alignas(64) T tile[kTileRows[1] * kMaxVectors * kWidth];
       for (int64_t block = 0; block < w.blocks.count; ++block) {
         const int vectors = w.vectors(block);
         const int64_t u = w.blocks.first_unit(block);
-        const int64_t last = own_to(kept());
-        for (int64_t k = own_from(kept()); k < last; k += kTileRows[vectors]) {
+        const int64_t last = own_to(kept_);
+        for (int64_t k = own_from(kept_); k < last; k += kTileRows[vectors]) {
           const int rows = lanes_at(last, k, kTileRows[vectors]);
           int64_t at = 0;
           do {  // in chunks, as in matmul.inl
             const int64_t deep = g_.width_ - at < kMaxInput ? g_.width_ - at : kMaxInput;
             tile_product<T>(rows, vectors, kept_row(k) + at, g_.ld_, 1,
-                            w.at(s_, block) + at * vectors * kWidth, deep, block_terms(g_.width_),
-                            tile, false, Ahead());
+                            w.at(s_, block) + at * vectors * kWidth, deep, terms, tile, false,
+                            Ahead());
             const T* from = tile;
-            for (int64_t m = k; m < k + rows; ++m) {
-              const int64_t row = step_[m / rows_] * g_.layer_.batch + from_ + m % rows_;
-              T* to = g_.input_gradient(s_) + row * size;
+            const KeptStep* step = step_;
+            int64_t b = k;
+            for (; b >= step->rows; ++step) b -= step->rows;
+            for (int m = 0; m < rows; ++m, ++b) {
+              if (b == step->rows) ++step, b = 0;
+              T* to = g_.input_gradient(s_) + (step->first + b) * size;
               for (int v = 0; v < vectors; ++v, from += kWidth) {
                 const int64_t unit = u + v * kWidth;
                 const int lanes = lanes_at(size, unit, kWidth);
@@ -238,8 +266,8 @@ class Gradients {
     const Gradients& g_;
     const int64_t s_, from_, rows_, slice_, slices_;
     T *own_, *group_, *sums_;  // a member's memory, its group's first member's, the chunk's sums
-    int64_t step_[kKeptRows], before_[kKeptRows];
-    int64_t steps_ = 0, products_ = 0;
+    KeptStep step_[kKeptRows];
+    int64_t steps_ = 0, kept_ = 0, products_ = 0;  // of the rows, so many are kept
     bool summed_ = false;
   };
 
@@ -251,7 +279,7 @@ class Gradients {
 
   // A member's share of the results, after all chunks.
   void leave(int64_t rank, int64_t members) const {
-    const int64_t rows = layer_.steps * layer_.batch;
+    const int64_t rows = q_.places.all(layer_);
     for (int64_t s = 1; q_.dx != nullptr && s < layer_.stack; ++s) {
       const int64_t last = rows * (rank + 1) / members * q_.size;
       for (int64_t e = rows * rank / members * q_.size; e < last; e += kWidth) {
@@ -284,7 +312,7 @@ class Gradients {
 
   FN T* input_gradient(int64_t s) const {
     if (s == 0) return static_cast<T*>(q_.dx);
-    return static_cast<T*>(q_.dx_more) + (s - 1) * layer_.steps * layer_.batch * q_.size;
+    return static_cast<T*>(q_.dx_more) + (s - 1) * q_.places.all(layer_) * q_.size;
   }
   // The sum of all chunks' values, of `lanes` from element `at` on.
   FN V summed(const T* sums, int64_t at, int lanes = kWidth) const {
@@ -325,7 +353,7 @@ class Gradients {
   const LayerGradients& q_;
   const Layer& layer_;
   const int64_t width_, all_, ld_;  // gradients of gates of a row: in W_ih's rows, all, in memory
-  int64_t slots_ = 0;               // steps that are kept
+  int64_t room_ = 0;                // rows that can be kept
   Part part_[2];
   int parts_ = 0;
   int64_t elements_ = 0, panel_columns_ = 0;

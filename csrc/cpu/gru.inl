@@ -11,7 +11,7 @@ struct GruForwardScan : ForwardScan<T, kPlain> {
 
   GruForwardScan(Workspace<T>& memory, const GruForward& q, const Input& input)
       : Base(memory, q.layer, input, q.h0, q.y, q.h_n), p(q) {
-    this->past = goes_past<T>(layer, 4);
+    this->past = goes_past<T>(layer, this->places(), 4);
     this->phase[0] = this->first_phase(memory, p.w_hh, p.reset_after ? 3 : 2);
     if (!p.reset_after) {
       const int64_t hidden = layer.hidden, row = p.w_hh.row;
@@ -29,8 +29,8 @@ struct GruForwardScan : ForwardScan<T, kPlain> {
     number == 0 ? before<M>(at, span, sums) : candidate<M>(at, span, sums);
   }
 
-  FN void ahead(int number, int64_t t, int64_t s, int64_t b, int64_t u, int64_t units) const {
-    if (number == 0) ask_for(p.gates_x, t, b, s, u, units, 3, layer.hidden);
+  FN void ahead(int number, const Step& at, int64_t b, int64_t u, int64_t units) const {
+    if (number == 0) ask_for(p.gates_x, at.place, b, at.s, u, units, 3, layer.hidden);
   }
 
   template <class M>
@@ -41,7 +41,7 @@ struct GruForwardScan : ForwardScan<T, kPlain> {
     const auto marks = this->template marks<M>(at);
     const Hidden hidden(*this, at);
     const GatesX<T, kPlain> x(p.gates_x, at, span, size, projected, 3);
-    const Lines tape(p.gates, at.t, at.s), bias(p.b_hn, 0, at.s);
+    const Lines tape(p.gates, at.place, at.s), bias(p.b_hn, 0, at.s);
     span.each<T>(size, 3, sums, [&](int64_t b, int64_t u, int n, T* own, int v) FN_LAMBDA {
       const bool over = marks.ended(b), cut = !over && marks.starts(b);
       math::GruOut<V> out{zero, zero, zero, zero};
@@ -60,6 +60,7 @@ struct GruForwardScan : ForwardScan<T, kPlain> {
       }
       hidden.put(b, u, n, over, cut, out.h);
     });
+    this->leave(this->h, (at.i + 1) & 1, p.h_n, size, at, span);
   }
 
   template <class M>
@@ -69,7 +70,7 @@ struct GruForwardScan : ForwardScan<T, kPlain> {
     const V zero(T(0));
     const auto marks = this->template marks<M>(at);
     const Hidden hidden(*this, at);
-    const Lines x(p.gates_x, at.t, at.s), tape(p.gates, at.t, at.s);
+    const Lines x(p.gates_x, at.place, at.s), tape(p.gates, at.place, at.s);
     T *operand = rh.row(at.s, 0), *kept = z.row(at.s, 0);
     span.each<T>(size, 2, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
       math::GruBeforeGates<V> out{zero, zero, zero};
@@ -94,7 +95,7 @@ struct GruForwardScan : ForwardScan<T, kPlain> {
     const V zero(T(0));
     const auto marks = this->template marks<M>(at);
     const Hidden hidden(*this, at);
-    const Lines x(p.gates_x, at.t, at.s), tape(p.gates, at.t, at.s);
+    const Lines x(p.gates_x, at.place, at.s), tape(p.gates, at.place, at.s);
     const T* kept = z.row(at.s, 0);
     span.each<T>(size, 1, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
       const bool over = marks.ended(b), cut = !over && marks.starts(b);
@@ -106,6 +107,7 @@ struct GruForwardScan : ForwardScan<T, kPlain> {
       if (tape) tape.store(b, 2 * size + u, n, out.n, past);
       hidden.put(b, u, n, over, cut, out.h);
     });
+    this->leave(this->h, (at.i + 1) & 1, p.h_n, size, at, span);
   }
 };
 
@@ -118,11 +120,11 @@ struct GruBackwardScan : BackwardScan<T, kPlain> {
   State<T> dn;  // reset before: [S, B, H], the operand of d(r * h)
 
   // The operand of the recurrence is (dr, dz, dhn), or (dr, dz) for reset before.
-  GruBackwardScan(Workspace<T>& memory, const GruBackward& q, const Gradients<T>* own)
+  GruBackwardScan(Workspace<T>& memory, const GruBackward& q, const Gradients<T>& own)
       : Base(memory, q.layer, (q.reset_after ? 3 : 2) * q.layer.hidden, q.dy, q.dh_n, q.dh0, own),
         p(q) {
     const int64_t hidden = layer.hidden, row = p.w_hh.row;
-    this->past = own == nullptr && goes_past<T>(layer, 4);
+    this->past = this->gradients == nullptr && goes_past<T>(layer, this->places(), 4);
     const Panels<T> w(memory, layer, p.w_hh, 0, 1, hidden, (p.reset_after ? 3 : 2) * hidden, 0, 1,
                       row);
     this->phase[0] = Phase<T>{w, {}, this->operand, true};
@@ -140,12 +142,12 @@ struct GruBackwardScan : BackwardScan<T, kPlain> {
     number == 0 ? before<M>(at, span, sums) : reset_gate<M>(at, span, sums);
   }
 
-  FN void ahead(int number, int64_t t, int64_t s, int64_t b, int64_t u, int64_t units) const {
+  FN void ahead(int number, const Step& at, int64_t b, int64_t u, int64_t units) const {
     if (number != 0) return;
-    ask_for(p.dy, t, b, s, u, units, 1, 0);
-    ask_for(p.gates, t, b, s, u, units, p.reset_after ? 4 : 3, layer.hidden);
-    const int64_t before = this->step_before(t, s);
-    if (before >= 0) ask_for(p.y, before, b, s, u, units, 1, 0);
+    ask_for(p.dy, at.place, b, at.s, u, units, 1, 0);
+    ask_for(p.gates, at.place, b, at.s, u, units, p.reset_after ? 4 : 3, layer.hidden);
+    const int64_t before = this->step_before(at.t, at.s);
+    if (before >= 0) ask_for(p.y, this->places_.at(before), b, at.s, u, units, 1, 0);
   }
 
   template <class M>
@@ -156,7 +158,7 @@ struct GruBackwardScan : BackwardScan<T, kPlain> {
     const auto marks = this->template marks<M>(at);
     const Reaching reaching(*this, at);
     const typename Base::template Entering<M> h_prev(*this, p.y, p.h0, at);
-    const Lines tape(p.gates, at.t, at.s), dgates = this->leaving(p.dgates, at);
+    const Lines tape(p.gates, at.place, at.s), dgates = this->leaving(p.dgates, at);
     const Lines dgates_hn = this->leaving(p.dgates_hn, at, true);
     T* operand = this->next_operand(at);
     span.each<T>(size, 1, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
@@ -188,7 +190,7 @@ struct GruBackwardScan : BackwardScan<T, kPlain> {
     const auto marks = this->template marks<M>(at);
     const Reaching reaching(*this, at);
     const typename Base::template Entering<M> h_prev(*this, p.y, p.h0, at);
-    const Lines tape(p.gates, at.t, at.s), dgates(p.dgates, at.t, at.s);
+    const Lines tape(p.gates, at.place, at.s), dgates(p.dgates, at.place, at.s);
     T *operand = this->next_operand(at), *inner = dn.row(at.s, 0);
     span.each<T>(size, 1, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
       const bool over = marks.ended(b), cut = !over && marks.starts(b);
@@ -214,7 +216,7 @@ struct GruBackwardScan : BackwardScan<T, kPlain> {
     const auto marks = this->template marks<M>(at);
     const Reaching reaching(*this, at);
     const typename Base::template Entering<M> h_prev(*this, p.y, p.h0, at);
-    const Lines tape(p.gates, at.t, at.s), dgates(p.dgates, at.t, at.s);
+    const Lines tape(p.gates, at.place, at.s), dgates(p.dgates, at.place, at.s);
     T* operand = this->next_operand(at);
     span.each<T>(layer.hidden, 1, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
       const bool over = marks.ended(b), cut = !over && marks.starts(b);
@@ -242,9 +244,8 @@ template <class T>
 void run_gru_backward(const GruBackward& p, const LayerGradients& own) {
   Workspace<T> memory;
   const Gradients<T> made(memory, p.layer, own, 3, true);
-  const Gradients<T>* gradients = own.chunks > 0 ? &made : nullptr;
   if (all_plain<T>(p.dy, p.dh_n, p.h0, p.y, p.gates, p.dgates, p.dgates_hn, p.dh0)) {
-    return run_scan<T>(GruBackwardScan<T, true>(memory, p, gradients));
+    return run_scan<T>(GruBackwardScan<T, true>(memory, p, made));
   }
-  run_scan<T>(GruBackwardScan<T, false>(memory, p, gradients));
+  run_scan<T>(GruBackwardScan<T, false>(memory, p, made));
 }

@@ -47,9 +47,10 @@ struct RowsInOrder {
   bool batch_first;  // the order is [B, T]
   int64_t row;
 
-  RowsInOrder(const Rows& x, int64_t steps, int64_t batch)
-      : batch_first(steps > 1 && batch > 1 && x.step != batch * x.row),
-        row(batch_first || batch == 1 ? x.step : x.row) {}
+  RowsInOrder(const Rows& x, const Layer& layer, const Places& places)
+      : batch_first(places.first == nullptr && layer.steps > 1 && layer.batch > 1 &&
+                    x.step != layer.batch * x.row),
+        row(batch_first || layer.batch == 1 ? x.step : x.row) {}
 };
 
 // bias [n] of acc = b_ih + b_hh, of which last the first `folded` values count: the GRU's others
@@ -94,9 +95,10 @@ struct AnyForward {
   void run(int64_t cell, DType acc) const {
     const int64_t width = gates_of(cell) * layer.hidden;
     if (projects_itself(width, acc)) return scan(cell, acc, Rows{}, input);
-    const int64_t all = layer.steps * layer.batch, entry = all * width;
+    const Places& places = input.places;
+    const int64_t all = places.all(layer), entry = all * width;
     const Buffer projected(layer.stack * entry * size_of(acc));
-    const RowsInOrder order(input.x, layer.steps, layer.batch);
+    const RowsInOrder order(input.x, layer, places);
     const auto from = [](const Rows& rows, int64_t s) {
       return static_cast<const char*>(rows.data) + s * rows.entry * size_of(rows.dtype);
     };
@@ -111,8 +113,10 @@ struct AnyForward {
       chosen_kernels().matmul(p, acc);
     }
     const int64_t row = (order.batch_first ? layer.steps : 1) * width;
-    const int64_t step = (order.batch_first ? 1 : layer.batch) * width;
-    scan(cell, acc, Rows{projected.at(), acc, step, row, entry}, Input());
+    const int64_t rows = places.first != nullptr || order.batch_first ? 1 : layer.batch;
+    Input none;
+    none.places = places;
+    scan(cell, acc, Rows{projected.at(), acc, rows * width, row, entry}, none);
   }
 
  private:
@@ -126,9 +130,10 @@ struct AnyForward {
       return false;
     }
     if (layer.steps == 1 && layer.batch <= kDirectRows) return true;
-    if (layer.steps * layer.batch <= kDirectRows) return false;
+    if (input.places.all(layer) <= kDirectRows) return false;
     const int64_t threads = thread_count(), stack = layer.stack;
-    const int64_t rows = layer.batch / (threads > stack ? threads / stack : 1);
+    const int64_t batch = input.places.all(layer) / layer.steps;
+    const int64_t rows = batch / (threads > stack ? threads / stack : 1);
     const int64_t bytes = width * (layer.out + input.size) * size_of(io);
     return rows >= 6 && (bytes <= kCacheFilled * l2_bytes() || rows >= 32);
   }

@@ -77,19 +77,12 @@ class Model {
     h_n_ = h_n.mutable_data_ptr(), c_n_ = cell_ == 0 ? c_n.mutable_data_ptr() : nullptr;
     const Sequence given(x_, io_, false);
     if (flags_) {
-      const auto* flags = static_cast<const uint8_t*>(flags_->const_data_ptr());
-      const int64_t parts = std::max<int64_t>(1, thread_count() / directions_);
-      // (Of the input's share of products only what a scan projects itself is spared.)
-      const double inputs = x_.size(2), outputs = directions_ * out_;
-      const bool projects = may_project(steps_, io_, acc_, x_.size(2), out_);
-      const double own = hidden_ + (projects ? inputs : 0);
-      const double products = rows() * own / (inputs + outputs);
-      const RowOrder order(flags, steps_, batch_, products, parts);
-      if (order) {
+      flags_data_ = static_cast<const uint8_t*>(flags_->const_data_ptr());
+      LiveRows order(flags_data_, steps_, batch_);
+      if (order.any_ends()) {
         run_in(order, given.rows, y.mutable_data_ptr());
         return {y, h_n, c_n};
       }
-      flags_data_ = flags;
     }
     h0_data_ = h0_ ? data_of(*h0_) : nullptr, c0_data_ = c0_ ? data_of(*c0_) : nullptr;
     run_layers(given.rows, y.mutable_data_ptr());
@@ -99,40 +92,37 @@ class Model {
  private:
   // All layers on x [T, B, I], into y [T, B, D*P].
   void run_layers(const Rows& x, void* y) const {
-    const int64_t width = directions_ * out_, sequence = steps_ * batch_ * width * size_of(io_);
+    const int64_t width = directions_ * out_, step = places_.first ? width : batch_ * width;
+    const int64_t all = places_.first ? places_.first[steps_] : steps_ * batch_;
+    const int64_t sequence = all * width * size_of(io_);
     const Buffer bias(directions_ * rows() * size_of(acc_));
     const Buffer between(layers_ > 1 ? sequence : 0), other(layers_ > 2 ? sequence : 0);
     for (int64_t layer = 0; layer < layers_; ++layer) {
       void* to = layer + 1 == layers_ ? y : layer % 2 ? other.at() : between.at();
       void* from = layer % 2 ? between.at() : other.at();
-      const Rows input = layer == 0 ? x : Rows{from, io_, batch_ * width, width, 0};
+      const Rows input = layer == 0 ? x : Rows{from, io_, step, width, 0};
       run_layer(layer, input, layer == 0 ? x_.size(2) : width, bias, to);
     }
   }
 
-  // As run_layers, with rows in another order meanwhile.
-  void run_in(const RowOrder& order, const Rows& x, void* y) {
-    const int64_t entries = layers_ * directions_, size = size_of(io_);
-    const int64_t inputs = x_.size(2) * size, width = directions_ * out_ * size;
-    const Buffer x_there(steps_ * batch_ * inputs), y_there(steps_ * batch_ * width);
-    const int64_t h_bytes = entries * batch_ * out_ * size;
-    const int64_t c_bytes = cell_ == 0 ? entries * batch_ * hidden_ * size : 0;
-    const Buffer h0(h0_ ? h_bytes : 0), c0(c0_ ? c_bytes : 0), h_n(h_bytes), c_n(c_bytes);
-    order.gather(x.data, x.step * size, x.row * size, inputs, x_there.at());
-    if (h0_) {
-      order.gather_states(data_of(*h0_), entries, out_ * size, h0.at());
-      h0_data_ = h0.at();
-    }
-    if (c0_) {
-      order.gather_states(data_of(*c0_), entries, hidden_ * size, c0.at());
-      c0_data_ = c0.at();
-    }
+  // As run_layers, of the rows that live at each step alone.
+  void run_in(LiveRows& order, const Rows& x, void* y) {
+    const int64_t entries = layers_ * directions_;
+    const auto gathered = [&](const MaybeTensor& state, int64_t size) -> void* {
+      if (!state) return nullptr;
+      return order.states(Rows{data_of(*state), io_, 0, size, batch_ * size}, entries, size).data;
+    };
+    h0_data_ = gathered(h0_, out_), c0_data_ = gathered(c0_, hidden_);
+    const Rows h_n = order.new_states(io_, entries, out_);
+    const Rows c_n = order.new_states(io_, cell_ == 0 ? entries : 0, hidden_);
     void *h_out = h_n_, *c_out = c_n_;
-    h_n_ = h_n.at(), c_n_ = c_n.at(), flags_data_ = order.flags();
-    run_layers(Rows{x_there.at(), io_, batch_ * x_.size(2), x_.size(2), 0}, y_there.at());
-    order.scatter(y_there.at(), width, y);
-    order.scatter_states(h_n.at(), entries, out_ * size, h_out);
-    if (cell_ == 0) order.scatter_states(c_n.at(), entries, hidden_ * size, c_out);
+    h_n_ = h_n.data, c_n_ = c_n.data, places_ = order.places();
+    flags_data_ = order.flags(flags_data_);
+    const Rows y_there = order.new_sequence(io_, directions_, out_);
+    run_layers(order.sequence(x, 1, x_.size(2)), y_there.data);
+    order.put_sequence(y_there, y);
+    order.put_states(h_n, entries, h_out);
+    if (cell_ == 0) order.put_states(c_n, entries, c_out);
   }
 
   int64_t rows() const { return gates_ * hidden_; }
@@ -174,11 +164,10 @@ class Model {
   void run_layer(int64_t layer, const Rows& x, int64_t inputs, const Buffer& bias, void* to) const {
     const Direction &first = direction(layer, 0), &last = direction(layer, directions_ - 1);
     const int64_t width = directions_ * out_, folded = cell_ == 1 ? 2 * hidden_ : rows();
-    Layer l{steps_, batch_, directions_, hidden_, out_, nullptr, kReverse};
-    l.flags = flags_data_;
+    Layer l{steps_, batch_, directions_, hidden_, out_, flags_data_, kReverse};
     AnyForward p;
     p.layer = l, p.relu = relu_;
-    p.input = Input{inputs, x, weight(first.w_ih, last.w_ih), {}};
+    p.input = Input{inputs, x, weight(first.w_ih, last.w_ih), {}, places_};
     if (first.b_ih) {
       for (int64_t d = 0; d < directions_; ++d) {
         const Direction& w = direction(layer, d);
@@ -188,7 +177,7 @@ class Model {
       p.input.bias = Rows{bias.at(), acc_, 0, 0, rows()};
     }
     p.w_hh = weight(first.w_hh, last.w_hh);
-    p.y = Rows{to, io_, batch_ * width, width, out_};
+    p.y = Rows{to, io_, places_.first ? width : batch_ * width, width, out_};
     p.h0 = state(h0_data_, layer, out_), p.h_n = state_at(h_n_, layer, out_);
     if (cell_ == 0) p.c0 = state(c0_data_, layer, hidden_), p.c_n = state_at(c_n_, layer, hidden_);
     if (first.w_hr) p.w_hr = weight(*first.w_hr, *last.w_hr);
@@ -206,6 +195,7 @@ class Model {
   DType io_, acc_;
   void *h0_data_ = nullptr, *c0_data_ = nullptr, *h_n_ = nullptr, *c_n_ = nullptr;
   const uint8_t* flags_data_ = nullptr;
+  Places places_;
 };
 
 std::tuple<Tensor, Tensor, Tensor> layers(const Tensor& x, const MaybeTensor& h0,

@@ -16,7 +16,7 @@ struct LstmForwardScan : ForwardScan<T, kPlain> {
         projected(q.w_hr.data != nullptr),
         c(memory, q.layer, q.layer.hidden, false) {
     const int64_t hidden = layer.hidden, out = layer.out;
-    this->past = goes_past<T>(layer, 5);
+    this->past = goes_past<T>(layer, this->places(), 5);
     this->phase[0] = this->first_phase(memory, p.w_hh, 4);
     if (projected) {
       this->phases = 2;
@@ -28,10 +28,10 @@ struct LstmForwardScan : ForwardScan<T, kPlain> {
 
   void start(int64_t s, int64_t b) const {
     Base::start(s, b);
-    this->start_state(c.row(s, b), p.c0, s, b, layer.hidden);
+    this->start_state(c.row(s, b), p.c0, p.c_n, s, b, layer.hidden);
   }
-  FN void ahead(int number, int64_t t, int64_t s, int64_t b, int64_t u, int64_t units) const {
-    if (number == 0) ask_for(p.gates_x, t, b, s, u, units, 4, layer.hidden);
+  FN void ahead(int number, const Step& at, int64_t b, int64_t u, int64_t units) const {
+    if (number == 0) ask_for(p.gates_x, at.place, b, at.s, u, units, 4, layer.hidden);
   }
 
   template <class M>
@@ -43,6 +43,7 @@ struct LstmForwardScan : ForwardScan<T, kPlain> {
       const bool over = marks.ended(b);
       hidden.put(b, u, n, over, !over && marks.starts(b), V::load(own));
     });
+    this->leave(this->h, (at.i + 1) & 1, p.h_n, layer.out, at, span);
   }
 
   template <class M>
@@ -53,8 +54,7 @@ struct LstmForwardScan : ForwardScan<T, kPlain> {
     const auto marks = this->template marks<M>(at);
     const Hidden hidden(*this, at);
     const GatesX<T, kPlain> x(p.gates_x, at, span, size, projected_x, 4);
-    const Lines cells(p.cells, at.t, at.s), tape(p.gates, at.t, at.s);
-    const Lines c_n(this->last(at) ? p.c_n : Rows{}, 0, at.s);
+    const Lines cells(p.cells, at.place, at.s), tape(p.gates, at.place, at.s);
     T* cell = c.row(at.s, 0);
     T* operand = projected ? m.row(at.s, 0) : nullptr;
     // First the gates and cell states, of which o and c replace the sums, then the hidden states:
@@ -62,15 +62,13 @@ struct LstmForwardScan : ForwardScan<T, kPlain> {
     span.each<T>(size, 4, sums, [&](int64_t b, int64_t u, int n, T* own, int v) FN_LAMBDA {
       const bool over = marks.ended(b), cut = !over && marks.starts(b);
       math::LstmCell<V> out{zero, zero, zero, zero, zero};
-      V state = V::load(cell + b * ld + u);
       if (!over) {
+        const V state = V::load(cell + b * ld + u);
         const auto a = [&](int g)
                            FN_LAMBDA { return x.load(b, v, g, n) + V::load(own + g * kWidth); };
         out = math::lstm_cell(a(0), a(1), a(2), a(3), state);
-        state = out.c;
-        zero_if(cut, state).store(cell + b * ld + u);
+        zero_if(cut, out.c).store(cell + b * ld + u);
       }
-      if (c_n) c_n.store(b, u, n, state);
       if (cells) cells.store(b, u, n, out.c, past);
       if (tape) {
         tape.store(b, u, n, out.i, past);
@@ -87,6 +85,8 @@ struct LstmForwardScan : ForwardScan<T, kPlain> {
       operand != nullptr ? value.store(operand + b * m.ld + u)
                          : hidden.put(b, u, n, over, cut, value);
     });
+    this->leave(c, 0, p.c_n, size, at, span);
+    if (!projected) this->leave(this->h, (at.i + 1) & 1, p.h_n, size, at, span);
   }
 };
 
@@ -99,13 +99,13 @@ struct LstmBackwardScan : BackwardScan<T, kPlain> {
   bool projected;
   State<T> dc, dh;  // [S, B, H] what reaches c; [S, B, P] of the projected state, the operand of dm
 
-  LstmBackwardScan(Workspace<T>& memory, const LstmBackward& q, const Gradients<T>* own)
+  LstmBackwardScan(Workspace<T>& memory, const LstmBackward& q, const Gradients<T>& own)
       : Base(memory, q.layer, 4 * q.layer.hidden, q.dy, q.dh_n, q.dh0, own),
         p(q),
         projected(q.w_hr.data != nullptr),
         dc(memory, q.layer, q.layer.hidden, false) {
     const int64_t hidden = layer.hidden, out = layer.out;
-    this->past = own == nullptr && goes_past<T>(layer, 4);
+    this->past = this->gradients == nullptr && goes_past<T>(layer, this->places(), 4);
     const Panels<T> w(memory, layer, p.w_hh, 0, 1, out, 4 * hidden, 0, 1, p.w_hh.row);
     this->phase[0] = Phase<T>{w, {}, this->operand, true};
     if (projected) {
@@ -120,14 +120,14 @@ struct LstmBackwardScan : BackwardScan<T, kPlain> {
     Base::start(s, b);
     start_row<T, kPlain>(dc.row(s, b), p.dc_n, s, b, layer.hidden);
   }
-  FN void ahead(int number, int64_t t, int64_t s, int64_t b, int64_t u, int64_t units) const {
-    if (number == 0) ask_for(p.dy, t, b, s, u, units, 1, 0);
+  FN void ahead(int number, const Step& at, int64_t b, int64_t u, int64_t units) const {
+    if (number == 0) ask_for(p.dy, at.place, b, at.s, u, units, 1, 0);
     if (projected && number == 0) return;
-    ask_for(p.gates, t, b, s, u, units, 4, layer.hidden);
-    ask_for(p.cells, t, b, s, u, units, 1, 0);
-    const int64_t before = this->step_before(t, s);
-    if (before >= 0) ask_for(p.cells, before, b, s, u, units, 1, 0);
-    ask_for(p.dcells, t, b, s, u, units, 1, 0);
+    ask_for(p.gates, at.place, b, at.s, u, units, 4, layer.hidden);
+    ask_for(p.cells, at.place, b, at.s, u, units, 1, 0);
+    const int64_t before = this->step_before(at.t, at.s);
+    if (before >= 0) ask_for(p.cells, this->places_.at(before), b, at.s, u, units, 1, 0);
+    ask_for(p.dcells, at.place, b, at.s, u, units, 1, 0);
   }
   void end(int64_t s, int64_t b) const {
     const T* from = dc.row(s, b);
@@ -151,7 +151,7 @@ struct LstmBackwardScan : BackwardScan<T, kPlain> {
     };
     if (!projected) return gates<M>(at, span, sums, reached);
     const auto marks = this->template marks<M>(at);
-    const Lines out(p.dh, at.t, at.s);
+    const Lines out(p.dh, at.place, at.s);
     T* operand = dh.row(at.s, 0);
     span.each<T>(layer.out, 1, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
       const bool over = marks.ended(b);
@@ -168,8 +168,8 @@ struct LstmBackwardScan : BackwardScan<T, kPlain> {
     const bool past = this->past;
     const V zero(T(0));
     const auto marks = this->template marks<M>(at);
-    const Lines tape(p.gates, at.t, at.s), cells(p.cells, at.t, at.s);
-    const Lines dcells(p.dcells, at.t, at.s), dgates = this->leaving(p.dgates, at);
+    const Lines tape(p.gates, at.place, at.s), cells(p.cells, at.place, at.s);
+    const Lines dcells(p.dcells, at.place, at.s), dgates = this->leaving(p.dgates, at);
     const typename Base::template Entering<M> entering(*this, p.cells, p.c0, at);
     T *carried = dc.row(at.s, 0), *operand = this->next_operand(at);
     span.each<T>(size, 1, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
@@ -207,10 +207,9 @@ template <class T>
 void run_lstm_backward(const LstmBackward& p, const LayerGradients& own) {
   Workspace<T> memory;
   const Gradients<T> made(memory, p.layer, own, 4, false);
-  const Gradients<T>* gradients = own.chunks > 0 ? &made : nullptr;
   if (all_plain<T>(p.dy, p.dh_n, p.dc_n, p.dcells, p.c0, p.cells, p.gates, p.dgates, p.dh0, p.dc0,
                    p.dh)) {
-    return run_scan<T>(LstmBackwardScan<T, true>(memory, p, gradients));
+    return run_scan<T>(LstmBackwardScan<T, true>(memory, p, made));
   }
-  run_scan<T>(LstmBackwardScan<T, false>(memory, p, gradients));
+  run_scan<T>(LstmBackwardScan<T, false>(memory, p, made));
 }

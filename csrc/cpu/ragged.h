@@ -1,114 +1,140 @@
-// Batches of which many rows end early, in an order in which the rows that live lie together.
+// Batches of which rows end early, with the rows that live at a step side by side and nothing of
+// those that have ended: sequences as types.h's Places has them.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
+#include <list>
 #include <numeric>
 #include <vector>
 
-#include "types.h"
+#include "layer.h"
 
 namespace fused_rnn::cpu {
 
-// The longest rows first, dealt to `parts` runs of rows as a scan shares them among threads: at
-// every step the rows of a run that live are its first, and each run has as many. A row's numbers
-// do not depend on its place.
-class RowOrder {
+// The longest rows first. A row's numbers do not depend on its place.
+class LiveRows {
  public:
-  // products: multiply-adds of a step of a row, for each number of its input and output.
-  RowOrder(const uint8_t* flags, int64_t steps, int64_t batch, double products, int64_t parts)
-      : steps_(steps), batch_(batch) {
-    std::vector<int64_t> lives(batch, 0), sorted(batch);
+  LiveRows() = default;
+  // flags [T, B]: a row that has ended stays so.
+  LiveRows(const uint8_t* flags, int64_t steps, int64_t batch)
+      : steps_(steps), batch_(batch), rows_(batch), first_(steps + 1), before_(batch + 1) {
+    std::vector<int64_t> lengths(batch, 0);
     for (int64_t t = 0; t < steps; ++t) {
-      for (int64_t b = 0; b < batch; ++b) lives[b] += !(flags[t * batch + b] & 1);
-    }
-    const int64_t all = std::accumulate(lives.begin(), lives.end(), int64_t{0});
-    const double ended = 1 - static_cast<double>(all) / (steps * batch);
-    if (batch < 2 || ended * products < kWorthwhile) return;
-    std::iota(sorted.begin(), sorted.end(), 0);
-    std::stable_sort(sorted.begin(), sorted.end(),
-                     [&](int64_t a, int64_t b) { return lives[a] > lives[b]; });
-    if (batch < kRowsOfPart * parts) parts = 1;
-    const auto begin = [&](int64_t part) { return batch * part / parts; };
-    rows_.resize(batch);
-    int64_t next = 0;
-    for (int64_t round = 0; next < batch; ++round) {
-      for (int64_t part = 0; part < parts; ++part) {
-        const int64_t place = begin(part) + round;
-        if (place < begin(part + 1)) rows_[place] = sorted[next++];
+      for (int64_t b = 0; b < batch; ++b) {
+        const bool live = !(flags[t * batch + b] & 1);
+        STD_TORCH_CHECK(!live || lengths[b] == t, "flags: row ", b, " goes on at step ", t,
+                        ", but has ended before");
+        lengths[b] += live;
       }
     }
-    flags_.resize(steps * batch);
+    std::iota(rows_.begin(), rows_.end(), 0);
+    std::stable_sort(rows_.begin(), rows_.end(),
+                     [&](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
+    for (int64_t k = 0; k < batch; ++k) before_[k + 1] = before_[k] + lengths[rows_[k]];
+    int64_t live = batch;
     for (int64_t t = 0; t < steps; ++t) {
-      for (int64_t k = 0; k < batch; ++k) flags_[t * batch + k] = flags[t * batch + rows_[k]];
+      while (live > 0 && lengths[rows_[live - 1]] <= t) --live;
+      first_[t + 1] = first_[t] + live;
     }
   }
 
-  // Whether another order than the batch's is worth while; without, nothing below is to be called.
-  explicit operator bool() const { return !rows_.empty(); }
-  const uint8_t* flags() const { return flags_.data(); }
+  int64_t all() const { return before_.back(); }
+  bool any_ends() const { return all() < steps_ * batch_; }
+  Places places() const { return Places{first_.data(), before_.data()}; }
 
-  // to [T, B, bytes], in this order, = from, `step` and `row` bytes apart; zeros where rows ended.
-  void gather(const void* from, int64_t step, int64_t row, int64_t bytes, void* to) const {
-    each_step([=, this](int64_t t) {
-      for (int64_t k = 0; k < batch_; ++k) {
-        char* place = static_cast<char*>(to) + (t * batch_ + k) * bytes;
-        if (flags_[t * batch_ + k] & 1) {
-          std::memset(place, 0, bytes);
-        } else {
-          std::memcpy(place, static_cast<const char*>(from) + t * step + rows_[k] * row, bytes);
+  // flags [T, B] in this order; null where no segment starts.
+  const uint8_t* flags(const uint8_t* flags) {
+    flags_.resize(all());
+    uint8_t any = 0;
+    for (int64_t t = 0; t < steps_; ++t) {
+      for (int64_t k = 0; k < live(t); ++k) {
+        any |= flags_[first_[t] + k] = flags[t * batch_ + rows_[k]];
+      }
+    }
+    return any ? flags_.data() : nullptr;
+  }
+
+  // What a tensor [T, B, S, n] has, in this order.
+  Rows sequence(const Rows& from, int64_t stack, int64_t n) {
+    if (from.data == nullptr) return from;
+    const Rows to = new_sequence(from.dtype, stack, n);
+    const int64_t size = size_of(from.dtype), bytes = n * size;
+    each_step(stack * bytes, [&](int64_t t) {
+      char* place = static_cast<char*>(to.data) + first_[t] * stack * bytes;
+      for (int64_t k = 0; k < live(t); ++k) {
+        const char* row = start(from) + (t * from.step + rows_[k] * from.row) * size;
+        for (int64_t s = 0; s < stack; ++s, place += bytes) {
+          std::memcpy(place, row + s * from.entry * size, bytes);
         }
       }
     });
+    return to;
   }
-  // The other way, from [T, B, bytes] in this order.
-  void scatter(const void* from, int64_t bytes, void* to) const {
-    each_step([=, this](int64_t t) {
-      for (int64_t k = 0; k < batch_; ++k) {
+  // Memory for a tensor [T, B, S, n] in this order.
+  Rows new_sequence(DType dtype, int64_t stack, int64_t n) {
+    return Rows{memory(all() * stack * n * size_of(dtype)), dtype, stack * n, stack * n, n};
+  }
+  // The other way, into [T, B, S * n]; zeros where rows have ended.
+  void put_sequence(const Rows& from, void* to) const {
+    const int64_t bytes = from.row * size_of(from.dtype);
+    each_step(bytes, [&](int64_t t) {
+      const char* place = start(from) + first_[t] * bytes;
+      for (int64_t k = 0; k < batch_; ++k, place += bytes) {
         char* row = static_cast<char*>(to) + (t * batch_ + rows_[k]) * bytes;
-        if (flags_[t * batch_ + k] & 1) {
-          std::memset(row, 0, bytes);
-        } else {
-          std::memcpy(row, static_cast<const char*>(from) + (t * batch_ + k) * bytes, bytes);
-        }
+        k < live(t) ? std::memcpy(row, place, bytes) : std::memset(row, 0, bytes);
       }
     });
   }
-  // Rows of states [n, B, bytes], into this order and back.
-  void gather_states(const void* from, int64_t n, int64_t bytes, void* to) const {
-    states(n, bytes, [&](int64_t place, int64_t row) {
-      std::memcpy(static_cast<char*>(to) + place, static_cast<const char*>(from) + row, bytes);
-    });
+
+  // What a tensor [S, B, n] has, in this order.
+  Rows states(const Rows& from, int64_t stack, int64_t n) {
+    if (from.data == nullptr) return from;
+    const Rows to = new_states(from.dtype, stack, n);
+    const int64_t size = size_of(from.dtype);
+    char* place = static_cast<char*>(to.data);
+    for (int64_t s = 0; s < stack; ++s) {
+      for (int64_t k = 0; k < batch_; ++k, place += n * size) {
+        std::memcpy(place, start(from) + (s * from.entry + rows_[k] * from.row) * size, n * size);
+      }
+    }
+    return to;
   }
-  void scatter_states(const void* from, int64_t n, int64_t bytes, void* to) const {
-    states(n, bytes, [&](int64_t place, int64_t row) {
-      std::memcpy(static_cast<char*>(to) + row, static_cast<const char*>(from) + place, bytes);
-    });
+  Rows new_states(DType dtype, int64_t stack, int64_t n) {
+    return Rows{memory(stack * batch_ * n * size_of(dtype)), dtype, 0, n, batch_ * n};
+  }
+  // The other way, into [S, B, n].
+  void put_states(const Rows& from, int64_t stack, void* to) const {
+    const int64_t bytes = from.row * size_of(from.dtype);
+    const char* place = start(from);
+    for (int64_t s = 0; s < stack; ++s) {
+      for (int64_t k = 0; k < batch_; ++k, place += bytes) {
+        std::memcpy(static_cast<char*>(to) + (s * batch_ + rows_[k]) * bytes, place, bytes);
+      }
+    }
   }
 
  private:
-  // Multiply-adds spared for a number that is copied there or back.
-  static constexpr double kWorthwhile = 100;
-  static constexpr int64_t kRowsOfPart = 6;  // fewer, and threads share out units, not rows
-
+  static const char* start(const Rows& rows) { return static_cast<const char*>(rows.data); }
+  int64_t live(int64_t t) const { return first_[t + 1] - first_[t]; }
+  void* memory(int64_t bytes) { return memory_.emplace_back(bytes).at(); }
+  // function(t) for every step, on threads where rows of so many bytes make it worth while.
   template <class Function>
-  void states(int64_t n, int64_t bytes, const Function& function) const {
-    for (int64_t i = 0; i < n; ++i) {
-      for (int64_t k = 0; k < batch_; ++k) {
-        function((i * batch_ + k) * bytes, (i * batch_ + rows_[k]) * bytes);
-      }
+  void each_step(int64_t bytes, const Function& function) const {
+    constexpr int64_t kWorthThreads = 256 << 10;
+    if (all() * bytes < kWorthThreads) {
+      for (int64_t t = 0; t < steps_; ++t) function(t);
+      return;
     }
-  }
-  template <class Function>
-  void each_step(const Function& function) const {
     parallel_tasks(
         steps_, [](void* context, int64_t t) { (*static_cast<const Function*>(context))(t); },
         const_cast<Function*>(&function));
   }
 
-  int64_t steps_, batch_;
-  std::vector<int64_t> rows_;  // of each place
+  int64_t steps_ = 0, batch_ = 0;
+  std::vector<int64_t> rows_, first_, before_;  // rows_: of each place
   std::vector<uint8_t> flags_;
+  std::list<Buffer> memory_;
 };
 
 }  // namespace fused_rnn::cpu

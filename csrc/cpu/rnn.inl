@@ -13,8 +13,8 @@ struct RnnForwardScan : ForwardScan<T, kPlain> {
     this->phase[0] = this->first_phase(memory, p.w_hh, 1);
   }
 
-  FN void ahead(int, int64_t t, int64_t s, int64_t b, int64_t u, int64_t units) const {
-    ask_for(p.gates_x, t, b, s, u, units, 1, 0);
+  FN void ahead(int, const Step& at, int64_t b, int64_t u, int64_t units) const {
+    ask_for(p.gates_x, at.place, b, at.s, u, units, 1, 0);
   }
 
   template <class M>
@@ -31,6 +31,7 @@ struct RnnForwardScan : ForwardScan<T, kPlain> {
       }
       hidden.put(b, u, n, over, cut, value);
     });
+    this->leave(this->h, (at.i + 1) & 1, p.h_n, layer.hidden, at, span);
   }
 };
 
@@ -41,16 +42,16 @@ struct RnnBackwardScan : BackwardScan<T, kPlain> {
   using typename Base::V, typename Base::Lines, typename Base::Reaching;
   const RnnBackward& p;
 
-  RnnBackwardScan(Workspace<T>& memory, const RnnBackward& q, const Gradients<T>* own)
+  RnnBackwardScan(Workspace<T>& memory, const RnnBackward& q, const Gradients<T>& own)
       : Base(memory, q.layer, q.layer.hidden, q.dy, q.dh_n, q.dh0, own), p(q) {
     const int64_t hidden = layer.hidden;
     const Panels<T> w(memory, layer, p.w_hh, 0, 1, hidden, hidden, 0, 1, p.w_hh.row);
     this->phase[0] = Phase<T>{w, {}, this->operand, true};
   }
 
-  FN void ahead(int, int64_t t, int64_t s, int64_t b, int64_t u, int64_t units) const {
-    ask_for(p.dy, t, b, s, u, units, 1, 0);
-    ask_for(p.y, t, b, s, u, units, 1, 0);
+  FN void ahead(int, const Step& at, int64_t b, int64_t u, int64_t units) const {
+    ask_for(p.dy, at.place, b, at.s, u, units, 1, 0);
+    ask_for(p.y, at.place, b, at.s, u, units, 1, 0);
   }
 
   template <class M>
@@ -60,7 +61,7 @@ struct RnnBackwardScan : BackwardScan<T, kPlain> {
     const V zero(T(0));
     const auto marks = this->template marks<M>(at);
     const Reaching reaching(*this, at);
-    const Lines y(p.y, at.t, at.s), dgates = this->leaving(p.dgates, at);
+    const Lines y(p.y, at.place, at.s), dgates = this->leaving(p.dgates, at);
     T* operand = this->next_operand(at);
     span.each<T>(layer.hidden, 1, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
       const bool over = marks.ended(b), cut = !over && marks.starts(b);
@@ -86,9 +87,8 @@ template <class T>
 void run_rnn_backward(const RnnBackward& p, const LayerGradients& own) {
   Workspace<T> memory;
   const Gradients<T> made(memory, p.layer, own, 1, false);
-  const Gradients<T>* gradients = own.chunks > 0 ? &made : nullptr;
   if (all_plain<T>(p.dy, p.dh_n, p.y, p.dgates, p.dh0)) {
-    return run_scan<T>(RnnBackwardScan<T, true>(memory, p, gradients));
+    return run_scan<T>(RnnBackwardScan<T, true>(memory, p, made));
   }
-  run_scan<T>(RnnBackwardScan<T, false>(memory, p, gradients));
+  run_scan<T>(RnnBackwardScan<T, false>(memory, p, made));
 }

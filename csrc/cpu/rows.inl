@@ -109,33 +109,33 @@ FN void ask_for(const Rows& rows, int64_t t, int64_t b, int64_t s, int64_t u, in
 
 // What the flags say of the rows at one step.
 struct Marks {
-  const uint8_t *now, *segment = nullptr;  // [B]
+  const uint8_t* now;
+  SegmentStarts segment;
 
   // `starts`: the step at which a segment may start, if it is one.
-  FN Marks(const Layer& layer, int64_t t, int64_t starts) : now(layer.flags + t * layer.batch) {
-    if (0 <= starts && starts < layer.steps) segment = layer.flags + starts * layer.batch;
-  }
+  FN Marks(const Layer& layer, const Places& places, int64_t t, int64_t starts)
+      : now(places.flags(layer, t)), segment(layer, places, starts) {}
   // The row has ended before the step: it is not taken.
   FN bool ended(int64_t b) const { return now[b] & 1; }
-  FN bool starts(int64_t b) const { return segment != nullptr && (segment[b] & 3) == 2; }
+  FN bool starts(int64_t b) const { return segment.at(b); }
 };
 // As Marks where there are no flags.
 struct NoMarks {
-  FN NoMarks(const Layer&, int64_t, int64_t) {}
+  FN NoMarks(const Layer&, const Places&, int64_t, int64_t) {}
   FN bool ended(int64_t) const { return false; }
   FN bool starts(int64_t) const { return false; }
 };
 
 // The marks of a forward step, whose starts(b) says: the state after step t is zeroed before the
-// next step.
+// next step, if there is one.
 template <class M>
-FN M forward_marks(const Layer& layer, bool reverse, int64_t t) {
-  return M(layer, t, reverse ? t : t + 1);
+FN M forward_marks(const Layer& layer, const Places& places, bool reverse, int64_t t) {
+  return M(layer, places, t, reverse && t > 0 ? t : reverse ? -1 : t + 1);
 }
 // The marks of a backward step, whose starts(b) says: the state that entered step t was zeroed. A
 // forward entry does so at the first step of a segment; a reversed one leaves the segment that
 // starts at step t + 1.
 template <class M>
-FN M backward_marks(const Layer& layer, bool reverse, int64_t t) {
-  return M(layer, t, reverse ? t + 1 : t);
+FN M backward_marks(const Layer& layer, const Places& places, bool reverse, int64_t t) {
+  return M(layer, places, t, reverse ? t + 1 : t);
 }

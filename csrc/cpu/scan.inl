@@ -32,13 +32,23 @@ void parallel(int64_t count, bool threads, const Function& function) {
 // Whether the tensors of K values a unit that a scan leaves for later go past the caches: those too
 // large to be found there. (Written through the caches, a line is first read.)
 template <class T>
-bool goes_past(const Layer& layer, int64_t values) {
-  const int64_t units = layer.steps * layer.batch * layer.stack * layer.hidden;
+bool goes_past(const Layer& layer, const Places& places, int64_t values) {
+  const int64_t units = places.all(layer) * layer.stack * layer.hidden;
   return kStoresPast && units * values * static_cast<int64_t>(sizeof(T)) > 4 * l2_bytes();
 }
 
 template <class T>
 class Gradients;  // gradients.inl
+
+// Rows of the largest of so many chunks.
+inline int64_t most_rows(const Places& places, int64_t batch, int64_t chunks) {
+  int64_t most = 0;
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int64_t rows = places.begin(c + 1, chunks, batch) - places.begin(c, chunks, batch);
+    if (rows > most) most = rows;
+  }
+  return most;
+}
 
 // Memory [B, G*H (+ H)] for a step's gradients of the gates where the scan uses them up itself:
 // row b begins at data[at + b * row], and the further gradient of a unit `inner` elements later.
@@ -49,12 +59,13 @@ struct Kept {
 // In place of what keeps them, where nothing does.
 struct NoGradients {
   FN Kept next() const { return Kept{}; }
-  FN bool done(int64_t, int64_t, bool) { return false; }
+  FN bool done(int64_t, int64_t, int64_t, bool) { return false; }
 };
 
-// Where a scan is: its i-th step, which is step t of the sequence, of stack entry s.
+// Where a scan is: its i-th step, which is step t of the sequence, of stack entry s, and where the
+// rows of the step begin.
 struct Step {
-  int64_t i, t, s;
+  int64_t i, t, s, place;
   Kept kept;
 };
 
@@ -80,13 +91,15 @@ struct Span {
 
 // Runs a scan: Scan has layer, phases, phase[], kBackward, and for one row b of entry s
 //   start(s, b)                                  before the first step
-//   ahead(phase, t, s, b, u, units)              asks for what rows() will read from memory
+//   places()                                     of sequences
+//   ahead(phase, step, b, u, units)              asks for what rows() will read from memory
 //   rows<M>(phase, step, span, sums, projected)  epilogue of some rows and units, marked by an M;
 //                                                `projected`: gates_x, or null: they are in memory
-//   input, input_row(t, b), add_bias(...)        forward: what is projected
+//   input, input_row(place, b), add_bias(...)    forward: what is projected
 //   finish(s, b, u, vectors, tile)               backward: units of phase 0 after the last step
 //   gradients                                    backward: what keeps the gates' gradients, or null
 //   step_before(t, s)                            backward: whose state entered the step
+//   keep_operand(i, s, b)                        backward: of a row that ends before others
 //   end(s, b)                                    after all
 template <class T, class Scan>
 class Runner {
@@ -94,6 +107,7 @@ class Runner {
   explicit Runner(const Scan& scan)
       : scan_(scan),
         layer_(scan.layer),
+        places_(scan.places()),
         direct_(layer_.steps == 1 && layer_.batch <= kDirectRows && usable_unpacked()),
         tiles_(scan.phase[0].parts() + scan.phase[1].parts() > 0) {}
 
@@ -136,7 +150,12 @@ class Runner {
       const int64_t own = scan_.phase[p].depth();
       if (own > depth) depth = own;
     }
-    return TileOperand::bytes((layer_.batch + split.chunks - 1) / split.chunks, depth);
+    return TileOperand::bytes(most_rows(places_, layer_.batch, split.chunks), depth);
+  }
+  // Rows of one of so many chunks at a step, of those that live at some.
+  int64_t rows_of(int64_t chunks) const {
+    const int64_t rows = (places_.all(layer_) + layer_.steps - 1) / layer_.steps;
+    return (rows + chunks - 1) / chunks;
   }
 
   // The split of least predicted time.
@@ -145,12 +164,12 @@ class Runner {
     Split best;
     int64_t given = 0;  // chunks, where these are not to be chosen
     if (gradients() != nullptr) given = best.chunks = gradients()->chunks();
-    double least = stack * best.chunks * step_seconds((batch + best.chunks - 1) / best.chunks, 1);
+    double least = stack * best.chunks * step_seconds(rows_of(best.chunks), 1);
     if (threads == 1 || least * layer_.steps < kSecondsWorthThreads) return best;
     const double region = kSecondsPerRegion / layer_.steps;
     const int64_t most = given > 0 ? given : threads < batch ? threads : batch;
     for (int64_t chunks = given > 0 ? given : 1; chunks <= most; ++chunks) {
-      const int64_t groups = stack * chunks, rows = (batch + chunks - 1) / chunks;
+      const int64_t groups = stack * chunks, rows = rows_of(chunks);
       for (int64_t slices = 1; slices == 1 || groups * slices <= threads; ++slices) {
         if (slices > scan_.phase[0].recurrent.blocks.count) break;
         const int64_t rounds = slices == 1 ? (groups + threads - 1) / threads : 1;
@@ -181,7 +200,7 @@ class Runner {
   double shared_bytes(int64_t chunks, int64_t slices) const {
     double bytes = 0;
     if (!direct_) bytes = step_bytes(slices) * (chunks - 1) / chunks / layer_.steps;
-    const int64_t rows = (layer_.batch + chunks - 1) / chunks;
+    const int64_t rows = rows_of(chunks);
     for (int p = 0; p < scan_.phases; ++p) {
       const int64_t values = rows * scan_.phase[p].recurrent.depth();
       bytes += static_cast<double>(sizeof(T)) * values * (slices - 1) / slices;
@@ -251,8 +270,8 @@ class Runner {
     for (int64_t g = rank / slices; g < groups; g += split.members / slices) {
       const int64_t chunk = g % split.chunks;
       const Share share{g / split.chunks,
-                        batch * chunk / split.chunks,
-                        batch * (chunk + 1) / split.chunks,
+                        places_.begin(chunk, split.chunks, batch),
+                        places_.begin(chunk + 1, split.chunks, batch),
                         rank % slices,
                         slices,
                         meetings_ + rank / slices * slices,
@@ -326,15 +345,22 @@ class Runner {
     const int64_t last = share.from + rows * (share.slice + 1) / share.slices;
     for (int64_t b = first; b < last; ++b) scan_.start(share.s, b);
     wait();
+    Share live = share;  // the rows that have the step
     for (int64_t i = 0; i < layer_.steps; ++i) {
-      share.kept = keeps.next();
+      const int64_t t = step_at(i, share.s);
+      live.kept = keeps.next();
+      live.to = live_to(share, t);
       for (int p = 0; p < scan_.phases; ++p) {
-        blocks(p, i, share);
+        blocks(p, i, live);
         wait();
       }
       if constexpr (Scan::kBackward) {
-        const int64_t t = step_at(i, share.s);
-        if (keeps.done(t, scan_.step_before(t, share.s), i + 1 == layer_.steps)) wait();
+        const bool end = i + 1 == layer_.steps;
+        if (keeps.done(t, scan_.step_before(t, share.s), live.to - live.from, end)) wait();
+        const int64_t stay = end ? live.to : live_to(share, step_at(i + 1, share.s));
+        for (int64_t b = stay + share.slice; b < live.to; b += share.slices) {
+          scan_.keep_operand(i, share.s, b);
+        }
       }
     }
     if constexpr (Scan::kBackward) {
@@ -345,6 +371,12 @@ class Runner {
     fence();
   }
 
+  // One past the last of a share's rows that have step t.
+  FN int64_t live_to(const Share& share, int64_t t) const {
+    const int64_t live = places_.live(t, layer_.batch);
+    return live < share.from ? share.from : live < share.to ? live : share.to;
+  }
+
   // A share's blocks at one step, in an order that turns round from step to step: of weights that
   // do not fit the second-level cache, those used last are still there.
   FN void blocks(int p, int64_t i, const Share& share) const {
@@ -352,6 +384,7 @@ class Runner {
     const int64_t first = count * share.slice / share.slices;
     const int64_t all = count * (share.slice + 1) / share.slices - first;
     const auto block = [&](int64_t k) FN_LAMBDA { return first + (i & 1 ? all - 1 - k : k); };
+    if (share.to == share.from) return;
     if (tiles_) take_operands(p, i, share);
     for (int64_t k = 0; k < all; ++k) {
       tiles(p, i, share, block(k), block(k + 1 < all ? k + 1 : k));
@@ -369,8 +402,9 @@ class Runner {
     if constexpr (!Scan::kBackward) {
       if (phase.projection.parts == 0) return;
       const Rows& x = scan_.input.x;
-      share.input->take(x.data, x.dtype, step_at(i, share.s) * x.step + share.from * x.row, x.row,
-                        rows, phase.projection.depth());
+      const int64_t place = places_.at(step_at(i, share.s));
+      share.input->take(x.data, x.dtype, place * x.step + share.from * x.row, x.row, rows,
+                        phase.projection.depth());
     }
   }
 
@@ -394,12 +428,13 @@ class Runner {
     const int64_t u = w.blocks.first_unit(block), width = w.vectors(block) * Vec<T>::kWidth;
     const bool finishing = i == layer_.steps;
     const int64_t t = finishing ? 0 : step_at(i, s);
+    const Step at{i, t, s, places_.at(t), share.kept};
     constexpr int64_t kSums = kGroupRows * kMaxVectors * Vec<T>::kWidth;
     alignas(64) T sums[kSums], projected[Scan::kBackward ? 1 : kSums];
     const auto ahead = [&](int64_t first, int64_t last) FN_LAMBDA {
       if (finishing) return;
       const int lanes = lanes_at(layer_.hidden, u, units * Vec<T>::kWidth);
-      for (int64_t b = first; b < last; ++b) scan_.ahead(p, t, s, b, u, lanes);
+      for (int64_t b = first; b < last; ++b) scan_.ahead(p, at, b, u, lanes);
     };
     const T* operand = phase.operand.row(s, from, phase.alternating ? i & 1 : 0);
     const T* own = direct_ ? nullptr : w.at(s, block);
@@ -411,10 +446,10 @@ class Runner {
       projects = w_ih.depth() > 0;
       if (projects && direct_) {
         direct_product<T>(static_cast<int>(to - from), w_ih.weights, s * w_ih.entry, w_ih.blocks,
-                          block, scan_.input_row(t, from), scan_.input.x.row, w_ih.terms,
+                          block, scan_.input_row(at.place, from), scan_.input.x.row, w_ih.terms,
                           projected);
       } else if (projects) {
-        const T* x = w_ih.parts > 0 ? nullptr : scan_.input_row(t, from);
+        const T* x = w_ih.parts > 0 ? nullptr : scan_.input_row(at.place, from);
         multiply(w_ih, share, share.input, t, s, block, x, scan_.input.x.row, own, from, multiplied,
                  projected, [](int64_t, int64_t) FN_LAMBDA {});
       }
@@ -441,7 +476,6 @@ class Runner {
         return;
       }
     }
-    const Step at{i, t, s, share.kept};
     const Span span{from, to, u, units};
     const T* gates_x = projects ? projected : nullptr;
     if (layer_.flags == nullptr) {
@@ -504,7 +538,7 @@ class Runner {
   // One past the last of rows [from, to) that a forward step needs the product for.
   int64_t last_active(int64_t t, int64_t from, int64_t to) const {
     if (layer_.flags == nullptr) return to;
-    const Marks marks(layer_, t, -1);
+    const Marks marks(layer_, places_, t, -1);
     while (to > from && marks.ended(to - 1)) --to;
     return to;
   }
@@ -512,7 +546,7 @@ class Runner {
   // Whether a forward step needs the product for any of these rows.
   bool any_active(int64_t t, int64_t b, int rows) const {
     if (layer_.flags == nullptr) return true;
-    const Marks marks(layer_, t, -1);
+    const Marks marks(layer_, places_, t, -1);
     for (int m = 0; m < rows; ++m) {
       if (!marks.ended(b + m)) return true;
     }
@@ -521,6 +555,7 @@ class Runner {
 
   const Scan& scan_;
   const Layer& layer_;
+  const Places& places_;
   const bool direct_;         // weights are multiplied by where they are
   const bool tiles_;          // on the tile unit
   char* operands_ = nullptr;  // of all members

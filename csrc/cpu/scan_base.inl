@@ -14,7 +14,7 @@ struct GatesX {
 
   FN GatesX(const Rows& gates_x, const Step& step, const Span& span_, int64_t units,
             const T* projected, int gates)
-      : lines(gates_x, step.t, step.s), span(span_), at(projected) {
+      : lines(gates_x, step.place, step.s), span(span_), at(projected) {
     if (projected != nullptr) {
       row = span.vectors * gates * V::kWidth, vector = gates * V::kWidth, gate = V::kWidth;
     } else {
@@ -72,9 +72,10 @@ struct ForwardScan {
     }
     return found;
   }
-  FN const T* input_row(int64_t t, int64_t b) const {
-    return static_cast<const T*>(input.x.data) + t * input.x.step + b * input.x.row;
+  FN const T* input_row(int64_t place, int64_t b) const {
+    return static_cast<const T*>(input.x.data) + place * input.x.step + b * input.x.row;
   }
+  FN const Places& places() const { return input.places; }
   // sums [rows][vector of units][gate] += the projection's bias, of units from u on.
   FN void add_bias(int64_t s, int64_t u, int vectors, int64_t rows, T* sums) const {
     if (input.bias.data == nullptr) return;
@@ -91,19 +92,48 @@ struct ForwardScan {
   }
 
   FN bool reverse(int64_t s) const { return layer.reverse[s] != 0; }
-  FN bool last(const Step& at) const { return at.i + 1 == layer.steps; }
   template <class M>
   FN M marks(const Step& at) const {
-    return forward_marks<M>(layer, reverse(at.s), at.t);
+    return forward_marks<M>(layer, input.places, reverse(at.s), at.t);
   }
-  // A state's initial value, zero where the first step starts a segment.
-  FN void start_state(T* target, const Rows& initial, int64_t s, int64_t b, int64_t n) const {
+  // final = a state's values after the step, of `units` in all, for the rows whose last step it is.
+  FN void leave(const State<T>& state, int64_t parity, const Rows& final, int64_t units,
+                const Step& at, const Span& span) const {
+    int64_t last = 0;  // from this row on
+    if (at.i + 1 < layer.steps) {
+      if (input.places.first == nullptr || reverse(at.s)) return;
+      last = input.places.live(at.t + 1, layer.batch);
+    }
+    for (int64_t b = last > span.from ? last : span.from; b < span.to; ++b) {
+      leave_row(state.row(at.s, b, parity), final, units, at.s, b, span.u, span.vectors);
+    }
+  }
+  void leave_row(const T* from, const Rows& final, int64_t units, int64_t s, int64_t b, int64_t u,
+                 int64_t vectors) const {
+    const Lines to(final, 0, s);
+    for (int64_t v = 0; v < vectors; ++v, u += kWidth) {
+      to.store(b, u, lanes_at(units, u, kWidth), V::load(from + u));
+    }
+  }
+
+  // A state's initial value, zero where the first step starts a segment; it is the final one of a
+  // row without steps that has no place.
+  FN void start_state(T* target, const Rows& initial, const Rows& final, int64_t s, int64_t b,
+                      int64_t n) const {
     const int64_t t = reverse(s) ? layer.steps - 1 : 0;
-    const bool cut =
-        layer.flags != nullptr && backward_marks<Marks>(layer, reverse(s), t).starts(b);
+    const bool cut = layer.flags != nullptr &&
+                     backward_marks<Marks>(layer, input.places, reverse(s), t).starts(b);
     start_row<T, kPlain>(target, cut ? Rows{} : initial, s, b, n);
+    if (b < input.places.live(0, layer.batch)) return;
+    leave_row(target, final, n, s, b, 0, (n + kWidth - 1) / kWidth);
   }
-  void start(int64_t s, int64_t b) const { start_state(h.row(s, b), h0, s, b, layer.out); }
+  void start(int64_t s, int64_t b) const {
+    start_state(h.row(s, b), h0, h_n, s, b, layer.out);
+    // Of a row that begins at a later step, be its parity what it may.
+    if (input.places.first != nullptr) {
+      __builtin_memcpy(h.row(s, b, 1), h.row(s, b), h.ld * sizeof(T));
+    }
+  }
   void end(int64_t, int64_t) const {}
 
   // The hidden state, handed from step to step by vectors of n units from u on.
@@ -111,21 +141,19 @@ struct ForwardScan {
     const T* before;
     T* after;
     int64_t ld;
-    Lines y, final;  // final: absent but at the last step
+    Lines y;
 
     FN Hidden(const ForwardScan& scan, const Step& at)
         : before(scan.h.row(at.s, 0, at.i & 1)),
           after(scan.h.row(at.s, 0, (at.i + 1) & 1)),
           ld(scan.h.ld),
-          y(scan.y, at.t, at.s),
-          final(scan.last(at) ? scan.h_n : Rows{}, 0, at.s) {}
+          y(scan.y, at.place, at.s) {}
     FN V previous(int64_t b, int64_t u) const { return V::load(before + b * ld + u); }
     // over: the step was not taken; cut: the next one begins a segment.
     FN void put(int64_t b, int64_t u, int n, bool over, bool cut, V value) const {
       if (over) value = previous(b, u);
       y.store(b, u, n, zero_if(over, value));
       zero_if(cut, value).store(after + b * ld + u);
-      if (final) final.store(b, u, n, value);
     }
   };
 };
@@ -140,7 +168,8 @@ struct BackwardScan {
   static constexpr bool kBackward = true;
   static constexpr int kWidth = V::kWidth;
   const Layer& layer;
-  Rows dy, dh_n, dh0;             // [T, B, S, P] [S, B, P] (either may be null), [S, B, P]
+  Rows dy, dh_n, dh0;  // [T, B, S, P] [S, B, P] (either may be null), [S, B, P]
+  const Places& places_;
   const Gradients<T>* gradients;  // what uses up the gates' gradients, if anything does
   State<T> operand, carried;      // [S, B, G*H] alternating, [S, B, P]
   bool past = false;              // the gates' gradients go past the caches
@@ -148,22 +177,34 @@ struct BackwardScan {
   Phase<T> phase[2];
 
   BackwardScan(Workspace<T>& memory, const Layer& l, int64_t depth, const Rows& dy_,
-               const Rows& dh_n_, const Rows& dh0_, const Gradients<T>* own)
+               const Rows& dh_n_, const Rows& dh0_, const Gradients<T>& own)
       : layer(l),
         dy(dy_),
         dh_n(dh_n_),
         dh0(dh0_),
-        gradients(own),
+        places_(own.places()),
+        gradients(own.chunks() > 0 ? &own : nullptr),
         operand(memory, l, depth, true),
         carried(memory, l, l.out, false) {}
 
   FN bool reverse(int64_t s) const { return layer.reverse[s] != 0; }
   template <class M>
   FN M marks(const Step& at) const {
-    return backward_marks<M>(layer, reverse(at.s), at.t);
+    return backward_marks<M>(layer, places_, reverse(at.s), at.t);
   }
+  FN const Places& places() const { return places_; }
   void start(int64_t s, int64_t b) const {
     start_row<T, kPlain>(carried.row(s, b), dh_n, s, b, layer.out);
+    if (places_.first == nullptr) return;
+    // The operand of a row's first step, which need not be the scan's.
+    for (int parity = 0; parity < 2; ++parity) {
+      __builtin_memset(operand.row(s, b, parity), 0, operand.ld * sizeof(T));
+    }
+  }
+  // Row b of entry s has ended with the i-th step: its operand stays, be the parity what it may.
+  void keep_operand(int64_t i, int64_t s, int64_t b) const {
+    __builtin_memcpy(operand.row(s, b, i & 1), operand.row(s, b, (i + 1) & 1),
+                     operand.ld * sizeof(T));
   }
   void end(int64_t, int64_t) const {}
 
@@ -174,7 +215,7 @@ struct BackwardScan {
     Lines dy;
 
     FN Reaching(const BackwardScan& scan, const Step& at)
-        : rest(scan.carried.row(at.s, 0)), ld(scan.carried.ld), dy(scan.dy, at.t, at.s) {}
+        : rest(scan.carried.row(at.s, 0)), ld(scan.carried.ld), dy(scan.dy, at.place, at.s) {}
     // All of it; dy counts only where the step was taken (not `over`).
     FN V all(int64_t b, int64_t u, int n, bool over, V product) const {
       const V dh = carried(b, u) + product;
@@ -186,7 +227,7 @@ struct BackwardScan {
   // Where the gates' gradients of a step go: into a tensor, or where they are kept.
   FN Lines leaving(const Rows& rows, const Step& at, bool inner = false) const {
     const Kept& kept = at.kept;
-    if (kept.data == nullptr) return Lines(rows, at.t, at.s);
+    if (kept.data == nullptr) return Lines(rows, at.place, at.s);
     return Lines(Rows{kept.data, kNative<T>, 1, kept.row, 0}, kept.at + (inner ? kept.inner : 0),
                  0);
   }
@@ -208,20 +249,26 @@ struct BackwardScan {
   template <class M>
   struct Entering {
     Lines states, initial;
-    bool first, may_end;
+    int64_t others;  // rows that had the step before
+    bool may_end;
     M marks, before;  // of the step; of the one before, where a row may have ended
 
     FN Entering(const BackwardScan& scan, const Rows& states_, const Rows& initial_, const Step& at)
-        : states(states_, scan.step_before(at.t, at.s), at.s),
-          initial(initial_, 0, at.s),
-          first(scan.step_before(at.t, at.s) < 0),
-          may_end(scan.reverse(at.s)),
-          marks(scan.template marks<M>(at)),
-          before(scan.layer, first ? at.t : scan.step_before(at.t, at.s), -1) {}
+        : Entering(scan, states_, initial_, at, scan.step_before(at.t, at.s)) {}
     FN V load(int64_t b, int64_t u, int n) const {
       if (marks.starts(b)) return V(T(0));
-      const bool start = first || (may_end && before.ended(b));
+      const bool start = b >= others || (may_end && before.ended(b));
       return start ? initial.load_or_zero(b, u, n) : states.load_or_zero(b, u, n);
     }
+
+   private:
+    FN Entering(const BackwardScan& scan, const Rows& states_, const Rows& initial_, const Step& at,
+                int64_t t)
+        : states(states_, t < 0 ? 0 : scan.places_.at(t), at.s),
+          initial(initial_, 0, at.s),
+          others(t < 0 ? 0 : scan.places_.live(t, scan.layer.batch)),
+          may_end(scan.reverse(at.s)),
+          marks(scan.template marks<M>(at)),
+          before(scan.layer, scan.places_, t < 0 ? at.t : t, -1) {}
   };
 };

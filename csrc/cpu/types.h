@@ -37,6 +37,49 @@ struct ColumnSums {
   void* out = nullptr;
 };
 
+// Where the rows of sequences lie: row b of step t of [T, B, S, n] at t steps and b rows; or, where
+// `first` is not null, those of rows that have not ended alone. These are then the first of a step,
+// for rows come longest first, and those of step t begin first[t] steps from the start, of which
+// one is as long as a row.
+struct Places {
+  const int64_t* first = nullptr;   // [T + 1], of which the last is how many there are
+  const int64_t* before = nullptr;  // [B + 1]: those of all rows before a row
+
+  int64_t at(int64_t t) const { return first ? first[t] : t; }
+  // Rows of a step, of B.
+  int64_t live(int64_t t, int64_t batch) const { return first ? first[t + 1] - first[t] : batch; }
+  // Rows of all steps.
+  int64_t all(const Layer& layer) const {
+    return first ? first[layer.steps] : layer.steps * layer.batch;
+  }
+  // The flags of a step's rows.
+  const uint8_t* flags(const Layer& layer, int64_t t) const {
+    return layer.flags + (first ? first[t] : t * layer.batch);
+  }
+  // Where the chunk-th of so many chunks of a batch begins, which have about as much to do.
+  int64_t begin(int64_t chunk, int64_t chunks, int64_t batch) const {
+    if (first == nullptr || chunk == 0 || chunk == chunks) return batch * chunk / chunks;
+    const int64_t wanted = before[batch] * chunk / chunks;
+    int64_t row = 0;
+    for (int64_t step = batch; step > 0; step = step > 1 ? (step + 1) / 2 : 0) {
+      if (row + step <= batch && before[row + step] <= wanted) row += step;
+    }
+    return row;
+  }
+};
+
+// Where the flags say that segments start at step t, if it is one.
+struct SegmentStarts {
+  const uint8_t* flags = nullptr;
+  int64_t rows = 0;
+
+  SegmentStarts(const Layer& layer, const Places& places, int64_t t) {
+    if (layer.flags == nullptr || t < 0 || t >= layer.steps) return;
+    flags = places.flags(layer, t), rows = places.live(t, layer.batch);
+  }
+  bool at(int64_t b) const { return b < rows && (flags[b] & 3) == 2; }
+};
+
 // The input of a forward scan that projects it itself: gates_x, which it then does not read, is
 // x w_ih^T + bias. Not for a GRU with the reset gate before the product; bias, and unless
 // scan_by_tiles holds for w_ih and w_hh also x and w_ih, are of the arithmetic's dtype. Bits are
@@ -44,11 +87,12 @@ struct ColumnSums {
 struct Input {
   int64_t size = 0;    // I, up to kMaxInput; 0: there is none
   Rows x, w_ih, bias;  // [T, B, I] [S, G*H, I] [S, G*H] (may be null)
+  Places places;       // of x and all other sequences, whether the scan projects or not
 };
 constexpr int64_t kMaxInput = 512;  // the chunk of K of the matrix product
 
 // What a backward scan makes of the gates' gradients itself, in place of leaving them (dgates and
-// dgates_hn are then not written), and from what. Without flags and projection. The rows of each
+// dgates_hn are then not written), and from what. Without projection. The rows of each
 // entry go in so many chunks.
 struct LayerGradients {
   int64_t chunks = 0;   // 0: nothing
@@ -60,6 +104,7 @@ struct LayerGradients {
   void* dw_hh = nullptr;    // [S, G*H, H]
   void* db = nullptr;       // [S, G*H]
   void* db_hn = nullptr;    // [S, H]: of the GRU's third gate inside its recurrence
+  Places places;            // of all sequences, whether there are chunks or not
 };
 
 // Up to so many rows, weights that are used once are not packed first.
