@@ -25,7 +25,7 @@ def is_whole(spec: LayerSpec, inputs: LayerInputs, cells: bool) -> bool:
     mode or compiler looks at. With flags its cells are not to be had."""
     return (
         spec.backend == "cpu"
-        and (inputs.flags is None or not cells)
+        and (inputs.flags is None or (type(inputs.flags) in observers.PLAIN and not cells))
         and inputs.w_ih is not None
         and inputs.w_hr is None
         and spec.reset_after
@@ -63,10 +63,10 @@ class WholeLayer(torch.autograd.Function):
             wanted = (*want[:5], False, *want[5:])
             grads = (dy, dh_n, dc_n, dcells) if lstm else (dy, dh_n)
             given = LayerInputs(*inputs[:5], None, *inputs[5:])
-            if flags is not None:  # a tape of all steps
+            if spec.cell != "rnn" and gates.shape[:2] != y.shape[:2]:  # of the steps taken
                 with torch.no_grad():
                     _, _, *kept = forward(spec, given, training=True)
-                cells, gates = kept[1:] if lstm else (None, *kept, None)[:2]
+                cells, gates = kept[1:] if lstm else (None, *kept)
             tape = (y, cells, gates) if lstm else (y, gates) if gru else (y,)
             if not torch.is_grad_enabled():  # vmap over gradients, say
                 found = backward(spec, wanted, grads, given, tape)

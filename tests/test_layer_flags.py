@@ -6,6 +6,7 @@ import torch
 from conftest import UNDER_TEST  # noqa: F401  (the environment it sets)
 from test_layer_operators import layer, spec_of
 
+import fused_rnn
 from fused_rnn import whole
 from fused_rnn.functional import make_flags
 from fused_rnn.ops import ACC_DTYPE, GATES
@@ -106,15 +107,17 @@ def test_same_as_its_parts(cell, dtype, rows, hidden, size):
 @cells
 @pytest.mark.parametrize("rows, hidden", [(4, 300), (13, 20), (60, 40), (50, 257)])
 def test_any_number_of_threads(cell, rows, hidden):
-    inputs, spec = ragged(cell, lengths_of(25, rows, 1), hidden=hidden, size=30)
-    found = []
-    for threads in (1, 2, 3, 5):
-        torch.set_num_threads(threads)
-        outputs, grads = outcomes(inputs, spec)
-        found.append((*outputs, *grads))
-    for other in found[1:]:
-        for a, b in zip(found[0], other, strict=True):
-            assert torch.equal(a, b)
+    one_long = torch.tensor([25] + [1] * (rows - 1))
+    for lengths in (lengths_of(25, rows, 1), one_long):
+        inputs, spec = ragged(cell, lengths, hidden=hidden, size=30)
+        found = []
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            outputs, grads = outcomes(inputs, spec)
+            found.append((*outputs, *grads))
+        for other in found[1:]:
+            for a, b in zip(found[0], other, strict=True):
+                assert torch.equal(a, b)
 
 
 @cells
@@ -211,6 +214,19 @@ def test_the_tape_is_of_steps_that_are_taken(cell):
     kept = y.grad_fn.saved_tensors[9:]
     sizes = [t.shape[0] for t in kept if t.numel()]
     assert sizes == [int(lengths.sum())] * {"lstm": 2, "gru": 1, "rnn": 0}[cell]
+
+
+def test_flags_without_values():
+    """A FakeTensor outside its mode: its values cannot say how large the tape is."""
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        w_ih, w_hh, x = (
+            torch.randn(*s, requires_grad=True) for s in ((1, 20, 4), (1, 20, 5), (7, 2, 4))
+        )
+        reset = torch.rand(7, 2) < 0.5
+    y, _ = fused_rnn.lstm(x, None, w_ih, w_hh, reset=reset)
+    assert y.shape == (7, 2, 1, 5)
 
 
 def test_flags_that_are_refused():

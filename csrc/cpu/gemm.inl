@@ -246,6 +246,11 @@ void pack_vector(const Weights& w, int64_t at, int lanes, T* panel, int64_t step
   }
 }
 
+template <int kValue>
+struct Number {
+  static constexpr int value = kValue;
+};
+
 // total[m * step + v] (+)= the sums over `deep` terms of kRows rows of x, `ld` apart, and kVectors
 // vectors of units; one square of weights at a time, so that kRows * kVectors chains of sums run
 // side by side.
@@ -313,6 +318,19 @@ FN void direct_sums_beside(const Weights& w, int64_t from, int lanes, const T* x
   }
 }
 
+// total[m * step + v] = direct_sums of all terms.
+template <class T, int kRows, int kVectors>
+FN void direct_vectors(const Weights& w, const int64_t* from, const int* lanes, const T* x,
+                       int64_t ld, int64_t terms, Vec<T>* total, int step) {
+  int64_t at[kVectors];
+  for (int v = 0; v < kVectors; ++v) at[v] = from[v];
+  for (int64_t k = 0; k < w.depth; k += terms) {
+    const int64_t deep = w.depth - k < terms ? w.depth - k : terms;
+    direct_sums<T, kRows, kVectors>(w, at, lanes, x + k, ld, deep, total, step, k > 0);
+    for (int v = 0; v < kVectors; ++v) at[v] += terms;
+  }
+}
+
 // direct_product of kRows rows.
 template <class T, int kRows>
 __attribute__((noinline)) void direct_rows(const Weights& w, int64_t at, const Blocks& blocks,
@@ -321,7 +339,6 @@ __attribute__((noinline)) void direct_rows(const Weights& w, int64_t at, const B
   using V = Vec<T>;
   constexpr int kWidth = V::kWidth;
   const int vectors = blocks.depth_vectors(block) * w.gates;
-  const int64_t next = w.unit == 1 ? terms * w.column : terms;
   int64_t from[kMaxVectors];
   int lanes[kMaxVectors];
   V total[kRows * kMaxVectors];
@@ -331,26 +348,27 @@ __attribute__((noinline)) void direct_rows(const Weights& w, int64_t at, const B
     lanes[v] = w.units - u < kWidth ? static_cast<int>(w.units - u) : kWidth;
   }
   for (int i = 0; i < kRows * vectors; ++i) total[i] = V(T(0));
-  for (int64_t k = 0; k < w.depth; k += terms) {
+  for (int64_t k = 0; w.unit == 1 && k < w.depth; k += terms) {
     const int64_t deep = w.depth - k < terms ? w.depth - k : terms;
-    if (w.unit == 1) {
-      for (int v = 0; v < vectors; ++v) {
-        direct_sums_beside<T, kRows>(w, from[v], lanes[v], x + k, ld, deep, total + v, vectors,
-                                     k > 0);
-      }
-    } else if (kRows == 1 && vectors == 4) {
-      direct_sums<T, kRows, kRows == 1 ? 4 : 1>(w, from, lanes, x + k, ld, deep, total, vectors,
-                                                k > 0);
-    } else if (kRows == 1 && vectors == 3) {
-      direct_sums<T, kRows, kRows == 1 ? 3 : 1>(w, from, lanes, x + k, ld, deep, total, vectors,
-                                                k > 0);
-    } else {
-      for (int v = 0; v < vectors; ++v) {
-        direct_sums<T, kRows, 1>(w, from + v, lanes + v, x + k, ld, deep, total + v, vectors,
-                                 k > 0);
-      }
+    for (int v = 0; v < vectors; ++v) {
+      direct_sums_beside<T, kRows>(w, from[v], lanes[v], x + k, ld, deep, total + v, vectors,
+                                   k > 0);
+      from[v] += terms * w.column;
     }
-    for (int v = 0; v < vectors; ++v) from[v] += next;
+  }
+  // Of one row as many vectors side by side as the registers hold; of more, their sums are many.
+  constexpr int kMost = kRows > 1 ? 1 : FUSED_RNN_REGISTERS >= 32 ? 4 : 2;
+  for (int v = 0; w.unit != 1 && v < vectors;) {
+    const int left = vectors - v, count = left < kMost ? left : kMost;
+    const auto some = [&](auto number) FN_LAMBDA {
+      constexpr int kVectors = decltype(number)::value;
+      direct_vectors<T, kRows, kVectors>(w, from + v, lanes + v, x, ld, terms, total + v, vectors);
+    };
+    if (kMost >= 4 && count == 4) some(Number < kMost >= 4 ? 4 : 1 > ());
+    if (kMost >= 3 && count == 3) some(Number < kMost >= 3 ? 3 : 1 > ());
+    if (kMost >= 2 && count == 2) some(Number < kMost >= 2 ? 2 : 1 > ());
+    if (count == 1) some(Number<1>());
+    v += count;
   }
   for (int i = 0; i < kRows * vectors; ++i) total[i].store(tile + i * kWidth);
 }

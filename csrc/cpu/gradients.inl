@@ -3,7 +3,7 @@
 // whole.
 // Included inside the instruction set's anonymous namespace; see kernels.inl.
 //
-// The rows of an entry are cut into chunks that depend on the shape alone, and each chunk has sums
+// The rows of an entry are cut into chunks by shape and lengths alone, and each chunk has sums
 // of its own, added in order at the end: so no number depends on the threads. The gates' gradients
 // of a few steps of a chunk are kept, [step][row][G*H], and after these steps multiplied by what
 // entered the steps, [step][row][H + I], into the chunk's sums, and by W_ih. The threads of a
@@ -39,8 +39,9 @@ class Gradients {
         ld_(padded_row<T>(all_)) {
     if (q.chunks == 0) return;
     const int64_t hidden = layer.hidden, h = q.dw_hh ? hidden : 0, x = q.dw_ih ? q.size : 0;
-    const int64_t rows = most_rows(q.places, layer.batch, q.chunks);
-    room_ = rows < kKeptRows ? kKeptRows / rows * rows : rows;
+    const int64_t live = q.places.live(0, layer.batch);
+    const int64_t rows = most_rows(q.places, layer.batch, q.chunks, live);
+    room_ = rows < 1 ? 0 : rows < kKeptRows ? kKeptRows / rows * rows : rows;
     if (inner) {
       add_part(width_, h, 0, 2 * hidden, hidden);
       add_part(width_, 0, x, width_, 0);
@@ -76,16 +77,15 @@ class Gradients {
     }
   }
 
-  // One chunk on its way through the steps, rows [from, to) of entry s, for one of `slices`
+  // One chunk on its way through the steps, rows from `from` on of entry s, for one of `slices`
   // threads.
   class Chunk {
    public:
-    Chunk(const Gradients& all, int64_t rank, int64_t s, int64_t chunk, int64_t from, int64_t to,
-          int64_t slice, int64_t slices)
+    Chunk(const Gradients& all, int64_t rank, int64_t s, int64_t chunk, int64_t from, int64_t slice,
+          int64_t slices)
         : g_(all),
           s_(s),
           from_(from),
-          rows_(to - from),
           slice_(slice),
           slices_(slices),
           own_(all.scratch_ + rank * all.scratch_size_),
@@ -95,9 +95,9 @@ class Gradients {
     // Where the gates' gradients of the next step go.
     Kept next() const { return Kept{group_, (kept_ - from_) * g_.ld_, g_.ld_, g_.width_}; }
     // Step t of so many rows is done, by all of the group; `before`: the step whose state entered
-    // it, -1 where that was the initial one. True where what was kept has been used: the group has
-    // to wait before it keeps more.
-    bool done(int64_t t, int64_t before, int64_t rows, bool last) {
+    // it, -1 where that was the initial one; `next`: rows of the step that follows, -1 where none
+    // does. True where what was kept has been used: the group has to wait before it keeps more.
+    bool done(int64_t t, int64_t before, int64_t rows, int64_t next) {
       if (rows > 0) {
         const Places& places = g_.q_.places;
         const int64_t live = before < 0 ? 0 : places.live(before, g_.layer_.batch) - from_;
@@ -106,8 +106,10 @@ class Gradients {
         step_[steps_++] = {t, place, before < 0 ? 0 : places.at(before), row + from_, rows, others};
         kept_ += rows;
       }
-      if (kept_ + rows_ <= g_.room_ && steps_ < kKeptRows && !last) return false;
-      use(last);
+      const int64_t most = rows > kKeptRows ? rows : kKeptRows;
+      const int64_t room = g_.room_ < most ? g_.room_ : most;
+      if (next >= 0 && kept_ + next <= room && steps_ < kKeptRows) return false;
+      use(next < 0);
       return true;
     }
 
@@ -264,17 +266,17 @@ class Gradients {
     }
 
     const Gradients& g_;
-    const int64_t s_, from_, rows_, slice_, slices_;
+    const int64_t s_, from_, slice_, slices_;
     T *own_, *group_, *sums_;  // a member's memory, its group's first member's, the chunk's sums
     KeptStep step_[kKeptRows];
     int64_t steps_ = 0, kept_ = 0, products_ = 0;  // of the rows, so many are kept
     bool summed_ = false;
   };
 
-  // What keeps the gradients of rows [from, to) of entry s, which are a chunk.
-  Chunk chunk(int64_t rank, int64_t s, int64_t number, int64_t from, int64_t to, int64_t slice,
+  // What keeps the gradients of a chunk, rows from `from` on, of entry s.
+  Chunk chunk(int64_t rank, int64_t s, int64_t number, int64_t from, int64_t slice,
               int64_t slices) const {
-    return Chunk(*this, rank, s, number, from, to, slice, slices);
+    return Chunk(*this, rank, s, number, from, slice, slices);
   }
 
   // A member's share of the results, after all chunks.

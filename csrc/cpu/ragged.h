@@ -78,6 +78,7 @@ class LiveRows {
   // The other way, into [T, B, S * n]; zeros where rows have ended.
   void put_sequence(const Rows& from, void* to) const {
     const int64_t bytes = from.row * size_of(from.dtype);
+    if (bytes == 0) return;
     each_step(bytes, [&](int64_t t) {
       const char* place = start(from) + first_[t] * bytes;
       for (int64_t k = 0; k < batch_; ++k, place += bytes) {

@@ -40,11 +40,12 @@ bool goes_past(const Layer& layer, const Places& places, int64_t values) {
 template <class T>
 class Gradients;  // gradients.inl
 
-// Rows of the largest of so many chunks.
-inline int64_t most_rows(const Places& places, int64_t batch, int64_t chunks) {
+// Rows of the largest of so many chunks of a batch, of which the first so many count.
+inline int64_t most_rows(const Places& places, int64_t batch, int64_t chunks, int64_t counted) {
   int64_t most = 0;
   for (int64_t c = 0; c < chunks; ++c) {
-    const int64_t rows = places.begin(c + 1, chunks, batch) - places.begin(c, chunks, batch);
+    const int64_t from = places.begin(c, chunks, batch), to = places.begin(c + 1, chunks, batch);
+    const int64_t rows = (to < counted ? to : counted) - from;
     if (rows > most) most = rows;
   }
   return most;
@@ -59,7 +60,7 @@ struct Kept {
 // In place of what keeps them, where nothing does.
 struct NoGradients {
   FN Kept next() const { return Kept{}; }
-  FN bool done(int64_t, int64_t, int64_t, bool) { return false; }
+  FN bool done(int64_t, int64_t, int64_t, int64_t) { return false; }
 };
 
 // Where a scan is: its i-th step, which is step t of the sequence, of stack entry s, and where the
@@ -150,7 +151,7 @@ class Runner {
       const int64_t own = scan_.phase[p].depth();
       if (own > depth) depth = own;
     }
-    return TileOperand::bytes(most_rows(places_, layer_.batch, split.chunks), depth);
+    return TileOperand::bytes(most_rows(places_, layer_.batch, split.chunks, layer_.batch), depth);
   }
   // Rows of one of so many chunks at a step, of those that live at some.
   int64_t rows_of(int64_t chunks) const {
@@ -284,8 +285,7 @@ class Runner {
       if constexpr (Scan::kBackward) {
         if (scan_.gradients != nullptr) {
           sequence(share, arrived,
-                   scan_.gradients->chunk(rank, share.s, chunk, share.from, share.to, share.slice,
-                                          slices));
+                   scan_.gradients->chunk(rank, share.s, chunk, share.from, share.slice, slices));
           continue;
         }
       }
@@ -356,8 +356,9 @@ class Runner {
       }
       if constexpr (Scan::kBackward) {
         const bool end = i + 1 == layer_.steps;
-        if (keeps.done(t, scan_.step_before(t, share.s), live.to - live.from, end)) wait();
         const int64_t stay = end ? live.to : live_to(share, step_at(i + 1, share.s));
+        const int64_t rows = live.to - live.from, next = end ? -1 : stay - live.from;
+        if (keeps.done(t, scan_.step_before(t, share.s), rows, next)) wait();
         for (int64_t b = stay + share.slice; b < live.to; b += share.slices) {
           scan_.keep_operand(i, share.s, b);
         }

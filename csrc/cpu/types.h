@@ -25,8 +25,8 @@ struct Matmul {
   int64_t n = 0, m = 0, k = 0;
   Matrix a;           // [N, M, K]
   Right right[2];     // the second may have no columns
-  int64_t least = 1;  // rows there are at least, be the batch what it may; 0: they are not those of
-                      // a batch. (The tile unit, which has other bits, needs enough of them.)
+  int64_t least = 1;  // rows of any batch whose rows do not end early, at least; 0: they are not
+                      // those of a batch. (The tile unit, which has other bits, needs enough.)
 };
 
 // out[column] = the sum of a column of data [rows, columns], contiguous, all of the arithmetic's
@@ -64,7 +64,8 @@ struct Places {
     for (int64_t step = batch; step > 0; step = step > 1 ? (step + 1) / 2 : 0) {
       if (row + step <= batch && before[row + step] <= wanted) row += step;
     }
-    return row;
+    const bool next = row < batch && before[row + 1] - wanted < wanted - before[row];
+    return next ? row + 1 : row;
   }
 };
 
@@ -95,11 +96,11 @@ constexpr int64_t kMaxInput = 512;  // the chunk of K of the matrix product
 // dgates_hn are then not written), and from what. Without projection. The rows of each
 // entry go in so many chunks.
 struct LayerGradients {
-  int64_t chunks = 0;   // 0: nothing
-  int64_t size = 0;     // I
-  Rows x, w_ih, h0, y;  // [T, B, I] [S, G*H, I] [S, B, H] [T, B, S, H]
-  void* dx = nullptr;   // [T, B, I], like the others of the arithmetic's dtype; null: not wanted
-  void* dx_more = nullptr;  // [S - 1, T, B, I]: memory for the other entries' parts of dx
+  int64_t chunks = 0;       // 0: nothing
+  int64_t size = 0;         // I
+  Rows x, w_ih, h0, y;      // [T, B, I] [S, G*H, I] [S, B, H] [T, B, S, H]
+  void* dx = nullptr;       // as x, like the others of the arithmetic's dtype; null: not wanted
+  void* dx_more = nullptr;  // memory for the other S - 1 entries' parts of dx
   void* dw_ih = nullptr;    // [S, G*H, I]
   void* dw_hh = nullptr;    // [S, G*H, H]
   void* db = nullptr;       // [S, G*H]
