@@ -4,7 +4,7 @@ computed in another order and without what lies beyond their ends, or segments s
 import pytest
 import torch
 from conftest import UNDER_TEST  # noqa: F401  (the environment it sets)
-from test_layer_operators import layer, spec_of
+from test_layer_operators import in_parts, layer, spec_of
 
 import fused_rnn
 from fused_rnn import whole
@@ -60,14 +60,6 @@ def assert_near(got, expected):
         assert a.numel() == 0 or (a - b).abs().max() <= 50 * grain * b.abs().max()
 
 
-@pytest.fixture
-def in_parts(monkeypatch):
-    def use():
-        monkeypatch.setattr(whole, "is_whole", lambda spec, inputs, cells: False)
-
-    return use
-
-
 @pytest.mark.parametrize("number, size", list(enumerate(SIZES)))
 @cells
 def test_within_the_budget(cell, number, size):
@@ -93,7 +85,7 @@ def test_same_as_its_parts(cell, dtype, rows, hidden, size):
         assert whole.is_whole(spec, inputs, cells=False)
         outputs, grads = outcomes(inputs, spec)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(whole, "is_whole", lambda spec, inputs, cells: False)
+            in_parts(patch)
             expected_outputs, expected = outcomes(inputs, spec)
         for a, b in zip(outputs, expected_outputs, strict=True):
             assert torch.equal(a, b) and a.dtype == b.dtype
@@ -167,12 +159,12 @@ def test_no_steps_at_all(cell, rows):
 
 @cells
 @pytest.mark.parametrize("used", [(True, False, False), (False, True, False), (False, False, True)])
-def test_outputs_that_are_not_used(in_parts, cell, used):
+def test_outputs_that_are_not_used(monkeypatch, cell, used):
     if cell != "lstm" and used[2]:
         used = (True, True)
     inputs, spec = ragged(cell, lengths_of(9, 8))
     _, grads = outcomes(inputs, spec, used)
-    in_parts()
+    in_parts(monkeypatch)
     assert_near(grads, outcomes(inputs, spec, used)[1])
 
 
@@ -189,7 +181,7 @@ def test_only_some_gradients(cell):
 
 
 @cells
-def test_derivatives_of_gradients(in_parts, cell):
+def test_derivatives_of_gradients(monkeypatch, cell):
     lengths = lengths_of(4, 3, 5)
 
     def second():
@@ -202,7 +194,7 @@ def test_derivatives_of_gradients(in_parts, cell):
         return (*torch.autograd.grad(sum((g**2).sum() for g in first), given), *many)
 
     found = second()
-    in_parts()
+    in_parts(monkeypatch)
     assert_near(found, second())
 
 

@@ -246,11 +246,6 @@ void pack_vector(const Weights& w, int64_t at, int lanes, T* panel, int64_t step
   }
 }
 
-template <int kValue>
-struct Number {
-  static constexpr int value = kValue;
-};
-
 // total[m * step + v] (+)= the sums over `deep` terms of kRows rows of x, `ld` apart, and kVectors
 // vectors of units; one square of weights at a time, so that kRows * kVectors chains of sums run
 // side by side.
@@ -318,16 +313,22 @@ FN void direct_sums_beside(const Weights& w, int64_t from, int lanes, const T* x
   }
 }
 
-// total[m * step + v] = direct_sums of all terms.
+// total[m * step + v] = direct_sums of all terms, for `vectors` of up to kVectors vectors.
 template <class T, int kRows, int kVectors>
-FN void direct_vectors(const Weights& w, const int64_t* from, const int* lanes, const T* x,
-                       int64_t ld, int64_t terms, Vec<T>* total, int step) {
-  int64_t at[kVectors];
-  for (int v = 0; v < kVectors; ++v) at[v] = from[v];
-  for (int64_t k = 0; k < w.depth; k += terms) {
-    const int64_t deep = w.depth - k < terms ? w.depth - k : terms;
-    direct_sums<T, kRows, kVectors>(w, at, lanes, x + k, ld, deep, total, step, k > 0);
-    for (int v = 0; v < kVectors; ++v) at[v] += terms;
+FN void direct_vectors(int vectors, const Weights& w, const int64_t* from, const int* lanes,
+                       const T* x, int64_t ld, int64_t terms, Vec<T>* total, int step) {
+  if constexpr (kVectors > 0) {
+    if (vectors < kVectors) {
+      return direct_vectors<T, kRows, kVectors - 1>(vectors, w, from, lanes, x, ld, terms, total,
+                                                    step);
+    }
+    int64_t at[kVectors];
+    for (int v = 0; v < kVectors; ++v) at[v] = from[v];
+    for (int64_t k = 0; k < w.depth; k += terms) {
+      const int64_t deep = w.depth - k < terms ? w.depth - k : terms;
+      direct_sums<T, kRows, kVectors>(w, at, lanes, x + k, ld, deep, total, step, k > 0);
+      for (int v = 0; v < kVectors; ++v) at[v] += terms;
+    }
   }
 }
 
@@ -358,17 +359,10 @@ __attribute__((noinline)) void direct_rows(const Weights& w, int64_t at, const B
   }
   // Of one row as many vectors side by side as the registers hold; of more, their sums are many.
   constexpr int kMost = kRows > 1 ? 1 : FUSED_RNN_REGISTERS >= 32 ? 4 : 2;
-  for (int v = 0; w.unit != 1 && v < vectors;) {
-    const int left = vectors - v, count = left < kMost ? left : kMost;
-    const auto some = [&](auto number) FN_LAMBDA {
-      constexpr int kVectors = decltype(number)::value;
-      direct_vectors<T, kRows, kVectors>(w, from + v, lanes + v, x, ld, terms, total + v, vectors);
-    };
-    if (kMost >= 4 && count == 4) some(Number < kMost >= 4 ? 4 : 1 > ());
-    if (kMost >= 3 && count == 3) some(Number < kMost >= 3 ? 3 : 1 > ());
-    if (kMost >= 2 && count == 2) some(Number < kMost >= 2 ? 2 : 1 > ());
-    if (count == 1) some(Number<1>());
-    v += count;
+  for (int v = 0; w.unit != 1 && v < vectors; v += kMost) {
+    const int count = vectors - v < kMost ? vectors - v : kMost;
+    direct_vectors<T, kRows, kMost>(count, w, from + v, lanes + v, x, ld, terms, total + v,
+                                    vectors);
   }
   for (int i = 0; i < kRows * vectors; ++i) total[i].store(tile + i * kWidth);
 }

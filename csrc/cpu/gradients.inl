@@ -102,7 +102,7 @@ class Gradients {
         const Places& places = g_.q_.places;
         const int64_t live = before < 0 ? 0 : places.live(before, g_.layer_.batch) - from_;
         const int64_t others = live < 0 ? 0 : live < rows ? live : rows;
-        const int64_t place = places.at(t), row = place * (places.first ? 1 : g_.layer_.batch);
+        const int64_t place = places.at(t), row = place * places.apart(g_.layer_.batch);
         step_[steps_++] = {t, place, before < 0 ? 0 : places.at(before), row + from_, rows, others};
         kept_ += rows;
       }

@@ -113,7 +113,7 @@ struct AnyForward {
       chosen_kernels().matmul(p, acc);
     }
     const int64_t row = (order.batch_first ? layer.steps : 1) * width;
-    const int64_t rows = places.first != nullptr || order.batch_first ? 1 : layer.batch;
+    const int64_t rows = order.batch_first ? 1 : places.apart(layer.batch);
     Input none;
     none.places = places;
     scan(cell, acc, Rows{projected.at(), acc, rows * width, row, entry}, none);

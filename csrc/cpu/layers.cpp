@@ -92,9 +92,8 @@ class Model {
  private:
   // All layers on x [T, B, I], into y [T, B, D*P].
   void run_layers(const Rows& x, void* y) const {
-    const int64_t width = directions_ * out_, step = places_.first ? width : batch_ * width;
-    const int64_t all = places_.first ? places_.first[steps_] : steps_ * batch_;
-    const int64_t sequence = all * width * size_of(io_);
+    const int64_t width = directions_ * out_, step = places_.apart(batch_) * width;
+    const int64_t sequence = places_.at(steps_) * step * size_of(io_);
     const Buffer bias(directions_ * rows() * size_of(acc_));
     const Buffer between(layers_ > 1 ? sequence : 0), other(layers_ > 2 ? sequence : 0);
     for (int64_t layer = 0; layer < layers_; ++layer) {
@@ -177,7 +176,7 @@ class Model {
       p.input.bias = Rows{bias.at(), acc_, 0, 0, rows()};
     }
     p.w_hh = weight(first.w_hh, last.w_hh);
-    p.y = Rows{to, io_, places_.first ? width : batch_ * width, width, out_};
+    p.y = Rows{to, io_, places_.apart(batch_) * width, width, out_};
     p.h0 = state(h0_data_, layer, out_), p.h_n = state_at(h_n_, layer, out_);
     if (cell_ == 0) p.c0 = state(c0_data_, layer, hidden_), p.c_n = state_at(c_n_, layer, hidden_);
     if (first.w_hr) p.w_hr = weight(*first.w_hr, *last.w_hr);

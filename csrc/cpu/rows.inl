@@ -130,7 +130,7 @@ struct NoMarks {
 // next step, if there is one.
 template <class M>
 FN M forward_marks(const Layer& layer, const Places& places, bool reverse, int64_t t) {
-  return M(layer, places, t, reverse && t > 0 ? t : reverse ? -1 : t + 1);
+  return M(layer, places, t, !reverse ? t + 1 : t > 0 ? t : -1);
 }
 // The marks of a backward step, whose starts(b) says: the state that entered step t was zeroed. A
 // forward entry does so at the first step of a segment; a reversed one leaves the segment that

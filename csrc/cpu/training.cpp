@@ -117,7 +117,7 @@ struct Step {
   }
   // Plain memory for, or a tape of, S entries of n values of each row.
   Rows sequence(void* data, DType dtype, int64_t n) const {
-    return Rows{data, dtype, (ragged ? 1 : l.batch) * l.stack * n, l.stack * n, n};
+    return Rows{data, dtype, places.apart(l.batch) * l.stack * n, l.stack * n, n};
   }
   // The sizes of a tape.
   std::array<int64_t, 4> tape(int64_t n) const {
@@ -131,7 +131,7 @@ struct Step {
   Rows ordered_state(const Rows& given) {
     return ragged ? order.states(given, l.stack, l.hidden) : given;
   }
-  // Where a state goes that a kernel writes, to be put into its tensor by `leave`.
+  // Where a state goes that a kernel writes, to be put into its tensor by leave_state.
   Rows state_there(const Rows& rows) {
     return ragged ? order.new_states(rows.dtype, l.stack, l.hidden) : rows;
   }

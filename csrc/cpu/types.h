@@ -46,6 +46,8 @@ struct Places {
   const int64_t* before = nullptr;  // [B + 1]: those of all rows before a row
 
   int64_t at(int64_t t) const { return first ? first[t] : t; }
+  // Rows from one of these to the next.
+  int64_t apart(int64_t batch) const { return first ? 1 : batch; }
   // Rows of a step, of B.
   int64_t live(int64_t t, int64_t batch) const { return first ? first[t + 1] - first[t] : batch; }
   // Rows of all steps.
@@ -54,7 +56,7 @@ struct Places {
   }
   // The flags of a step's rows.
   const uint8_t* flags(const Layer& layer, int64_t t) const {
-    return layer.flags + (first ? first[t] : t * layer.batch);
+    return layer.flags + at(t) * apart(layer.batch);
   }
   // Where the chunk-th of so many chunks of a batch begins, which have about as much to do.
   int64_t begin(int64_t chunk, int64_t chunks, int64_t batch) const {
