@@ -42,7 +42,7 @@ struct GruForwardScan : ForwardScan<T, kPlain> {
     const Hidden hidden(*this, at);
     const GatesX<T, kPlain> x(p.gates_x, at, span, size, projected, 3);
     const Lines tape(p.gates, at.place, at.s), bias(p.b_hn, 0, at.s);
-    span.each<T>(size, 3, sums, [&](int64_t b, int64_t u, int n, T* own, int v) FN_LAMBDA {
+    span.each<T, 3>(size, sums, [&](int64_t b, int64_t u, int n, T* own, int v) FN_LAMBDA {
       const bool over = marks.ended(b), cut = !over && marks.starts(b);
       math::GruOut<V> out{zero, zero, zero, zero};
       V hn = zero;
@@ -72,7 +72,7 @@ struct GruForwardScan : ForwardScan<T, kPlain> {
     const Hidden hidden(*this, at);
     const Lines x(p.gates_x, at.place, at.s), tape(p.gates, at.place, at.s);
     T *operand = rh.row(at.s, 0), *kept = z.row(at.s, 0);
-    span.each<T>(size, 2, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
+    span.each<T, 2>(size, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
       math::GruBeforeGates<V> out{zero, zero, zero};
       if (!marks.ended(b)) {
         out = math::gru_before_gates(x.load(b, u, n) + V::load(own),
@@ -97,7 +97,7 @@ struct GruForwardScan : ForwardScan<T, kPlain> {
     const Hidden hidden(*this, at);
     const Lines x(p.gates_x, at.place, at.s), tape(p.gates, at.place, at.s);
     const T* kept = z.row(at.s, 0);
-    span.each<T>(size, 1, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
+    span.each<T, 1>(size, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
       const bool over = marks.ended(b), cut = !over && marks.starts(b);
       math::GruBeforeCandidate<V> out{zero, zero};
       if (!over) {
@@ -161,7 +161,7 @@ struct GruBackwardScan : BackwardScan<T, kPlain> {
     const Lines tape(p.gates, at.place, at.s), dgates = this->leaving(p.dgates, at);
     const Lines dgates_hn = this->leaving(p.dgates_hn, at, true);
     T* operand = this->next_operand(at);
-    span.each<T>(size, 1, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
+    span.each<T, 1>(size, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
       const bool over = marks.ended(b), cut = !over && marks.starts(b);
       const V dh = reaching.all(b, u, n, over, V::load(own));
       math::GruAfterGrad<V> d{zero, zero, zero, zero, dh};
@@ -192,7 +192,7 @@ struct GruBackwardScan : BackwardScan<T, kPlain> {
     const typename Base::template Entering<M> h_prev(*this, p.y, p.h0, at);
     const Lines tape(p.gates, at.place, at.s), dgates(p.dgates, at.place, at.s);
     T *operand = this->next_operand(at), *inner = dn.row(at.s, 0);
-    span.each<T>(size, 1, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
+    span.each<T, 1>(size, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
       const bool over = marks.ended(b), cut = !over && marks.starts(b);
       const V dh = reaching.all(b, u, n, over, V::load(own));
       math::GruBeforeGrad<V> d{zero, zero, dh};
@@ -218,7 +218,7 @@ struct GruBackwardScan : BackwardScan<T, kPlain> {
     const typename Base::template Entering<M> h_prev(*this, p.y, p.h0, at);
     const Lines tape(p.gates, at.place, at.s), dgates(p.dgates, at.place, at.s);
     T* operand = this->next_operand(at);
-    span.each<T>(layer.hidden, 1, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
+    span.each<T, 1>(layer.hidden, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
       const bool over = marks.ended(b), cut = !over && marks.starts(b);
       math::GruResetGrad<V> d{zero, zero};
       if (!over) {

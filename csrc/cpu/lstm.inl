@@ -31,7 +31,12 @@ struct LstmForwardScan : ForwardScan<T, kPlain> {
     this->start_state(c.row(s, b), p.c0, p.c_n, s, b, layer.hidden);
   }
   FN void ahead(int number, const Step& at, int64_t b, int64_t u, int64_t units) const {
-    if (number == 0) ask_for(p.gates_x, at.place, b, at.s, u, units, 4, layer.hidden);
+    if (number != 0) return;
+    ask_for(p.gates_x, at.place, b, at.s, u, units, 4, layer.hidden);
+    if (p.gates.data == nullptr || layer.hidden * sizeof(T) % 64 == 0) return;
+    ask_to_write(p.gates, at.place, b, at.s, u, units, 4, layer.hidden);
+    ask_to_write(p.cells, at.place, b, at.s, u, units, 1, 0);
+    if (!projected) ask_to_write(this->y, at.place, b, at.s, u, units, 1, 0);
   }
 
   template <class M>
@@ -39,7 +44,7 @@ struct LstmForwardScan : ForwardScan<T, kPlain> {
     if (number == 0) return gates<M>(at, span, sums, projected_x);
     const auto marks = this->template marks<M>(at);
     const Hidden hidden(*this, at);
-    span.each<T>(layer.out, 1, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
+    span.each<T, 1>(layer.out, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
       const bool over = marks.ended(b);
       hidden.put(b, u, n, over, !over && marks.starts(b), V::load(own));
     });
@@ -59,7 +64,7 @@ struct LstmForwardScan : ForwardScan<T, kPlain> {
     T* operand = projected ? m.row(at.s, 0) : nullptr;
     // First the gates and cell states, of which o and c replace the sums, then the hidden states:
     // so exponentials of many rows stand in line, not those of one row one after another.
-    span.each<T>(size, 4, sums, [&](int64_t b, int64_t u, int n, T* own, int v) FN_LAMBDA {
+    span.each<T, 4>(size, sums, [&](int64_t b, int64_t u, int n, T* own, int v) FN_LAMBDA {
       const bool over = marks.ended(b), cut = !over && marks.starts(b);
       math::LstmCell<V> out{zero, zero, zero, zero, zero};
       if (!over) {
@@ -79,7 +84,7 @@ struct LstmForwardScan : ForwardScan<T, kPlain> {
       out.o.store(own);
       out.c.store(own + kWidth);
     });
-    span.each<T>(size, 4, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
+    span.each<T, 4>(size, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
       const bool over = marks.ended(b), cut = !over && marks.starts(b);
       const V value = math::lstm_hidden(V::load(own), V::load(own + kWidth));
       operand != nullptr ? value.store(operand + b * m.ld + u)
@@ -153,7 +158,7 @@ struct LstmBackwardScan : BackwardScan<T, kPlain> {
     const auto marks = this->template marks<M>(at);
     const Lines out(p.dh, at.place, at.s);
     T* operand = dh.row(at.s, 0);
-    span.each<T>(layer.out, 1, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
+    span.each<T, 1>(layer.out, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
       const bool over = marks.ended(b);
       const V all = reached(b, u, n, over, V::load(own));
       all.store(operand + b * dh.ld + u);
@@ -172,7 +177,7 @@ struct LstmBackwardScan : BackwardScan<T, kPlain> {
     const Lines dcells(p.dcells, at.place, at.s), dgates = this->leaving(p.dgates, at);
     const typename Base::template Entering<M> entering(*this, p.cells, p.c0, at);
     T *carried = dc.row(at.s, 0), *operand = this->next_operand(at);
-    span.each<T>(size, 1, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
+    span.each<T, 1>(size, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
       const bool over = marks.ended(b);
       const V dh = dm(b, u, n, over, V::load(own));
       math::LstmGrad<V> d{zero, zero, zero, zero, zero};

@@ -265,6 +265,7 @@ class Product {
       for (int64_t line = 0; line < bytes; line += 64) {
         __builtin_prefetch(reinterpret_cast<const char*>(out) + line, 1, 3);
       }
+      __builtin_prefetch(reinterpret_cast<const char*>(out) + bytes - 1, 1, 3);
     }
   }
 

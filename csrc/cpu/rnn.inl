@@ -23,7 +23,7 @@ struct RnnForwardScan : ForwardScan<T, kPlain> {
     const auto marks = this->template marks<M>(at);
     const Hidden hidden(*this, at);
     const GatesX<T, kPlain> x(p.gates_x, at, span, layer.hidden, projected, 1);
-    span.each<T>(layer.hidden, 1, sums, [&](int64_t b, int64_t u, int n, T* own, int v) FN_LAMBDA {
+    span.each<T, 1>(layer.hidden, sums, [&](int64_t b, int64_t u, int n, T* own, int v) FN_LAMBDA {
       const bool over = marks.ended(b), cut = !over && marks.starts(b);
       V value(T(0));
       if (!over) {
@@ -63,7 +63,7 @@ struct RnnBackwardScan : BackwardScan<T, kPlain> {
     const Reaching reaching(*this, at);
     const Lines y(p.y, at.place, at.s), dgates = this->leaving(p.dgates, at);
     T* operand = this->next_operand(at);
-    span.each<T>(layer.hidden, 1, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
+    span.each<T, 1>(layer.hidden, sums, [&](int64_t b, int64_t u, int n, T* own, int) FN_LAMBDA {
       const bool over = marks.ended(b), cut = !over && marks.starts(b);
       const V dh = reaching.all(b, u, n, over, V::load(own));
       V da = zero;

@@ -107,6 +107,19 @@ FN void ask_for(const Rows& rows, int64_t t, int64_t b, int64_t s, int64_t u, in
   }
 }
 
+// As ask_for, of values that are to be written: where stores wait for their lines.
+FN void ask_to_write(const Rows& rows, int64_t t, int64_t b, int64_t s, int64_t u, int64_t units,
+                     int parts, int64_t hidden) {
+  if (!kAsksForResult || rows.data == nullptr) return;
+  const int64_t size = size_of(rows.dtype), bytes = units * size;
+  const char* at = static_cast<const char*>(rows.data) +
+                   (t * rows.step + b * rows.row + s * rows.entry + u) * size;
+  for (int part = 0; part < parts; ++part, at += hidden * size) {
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte, 1, 3);
+    __builtin_prefetch(at + bytes - 1, 1, 3);
+  }
+}
+
 // What the flags say of the rows at one step.
 struct Marks {
   const uint8_t* now;

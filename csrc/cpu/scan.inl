@@ -76,15 +76,20 @@ struct Span {
   int64_t from, to, u;
   int vectors;
 
-  // Calls each(b, u, lanes, own, v) for every row and its v-th vector; `sums` has `gates` vectors
-  // for each.
-  template <class T, class Each>
-  FN void each(int64_t units, int gates, T* sums, const Each& each) const {
+  // Calls each(b, u, lanes, own, v) for every row and its v-th vector; `sums` has kGates vectors for
+  // each.
+  template <class T, int kGates, class Each>
+  FN void each(int64_t units, T* sums, const Each& each) const {
     constexpr int kWidth = Vec<T>::kWidth;
-    for (int64_t b = from; b < to; ++b) {
-      for (int v = 0; v < vectors; ++v, sums += gates * kWidth) {
-        const int64_t unit = u + v * kWidth;
-        each(b, unit, lanes_at(units, unit, kWidth), sums, v);
+    if constexpr (kMaxVectors / kGates == 1) {
+      const int lanes = lanes_at(units, u, kWidth);
+      for (int64_t b = from; b < to; ++b, sums += kGates * kWidth) each(b, u, lanes, sums, 0);
+    } else {
+      for (int64_t b = from; b < to; ++b) {
+        for (int v = 0; v < vectors; ++v, sums += kGates * kWidth) {
+          const int64_t unit = u + v * kWidth;
+          each(b, unit, lanes_at(units, unit, kWidth), sums, v);
+        }
       }
     }
   }

@@ -25,8 +25,19 @@ struct Vec<float> {
   }
   FN void store(float* p) const { _mm256_storeu_ps(p, v); }
   FN void store_past(float* p) const { store(p); }
+  // (In pieces: to AMD's Zen a masked store is a microprogram.)
   FN void store(float* p, int n) const {
-    n == kWidth ? _mm256_storeu_ps(p, v) : _mm256_maskstore_ps(p, mask(n), v);
+    if (__builtin_expect(n == kWidth, 1)) return _mm256_storeu_ps(p, v);
+    __m128 x = _mm256_castps256_ps128(v);
+    if (n & 4) {
+      _mm_storeu_ps(p, x);
+      x = _mm256_extractf128_ps(v, 1), p += 4;
+    }
+    if (n & 2) {
+      _mm_storel_pi(reinterpret_cast<__m64*>(p), x);
+      x = _mm_movehl_ps(x, x), p += 2;
+    }
+    if (n & 1) _mm_store_ss(p, x);
   }
 };
 
@@ -48,7 +59,13 @@ struct Vec<double> {
   FN void store(double* p) const { _mm256_storeu_pd(p, v); }
   FN void store_past(double* p) const { store(p); }
   FN void store(double* p, int n) const {
-    n == kWidth ? _mm256_storeu_pd(p, v) : _mm256_maskstore_pd(p, mask(n), v);
+    if (__builtin_expect(n == kWidth, 1)) return _mm256_storeu_pd(p, v);
+    __m128d x = _mm256_castpd256_pd128(v);
+    if (n & 2) {
+      _mm_storeu_pd(p, x);
+      x = _mm256_extractf128_pd(v, 1), p += 2;
+    }
+    if (n & 1) _mm_store_sd(p, x);
   }
 };
 
