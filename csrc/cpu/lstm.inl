@@ -33,10 +33,10 @@ struct LstmForwardScan : ForwardScan<T, kPlain> {
   FN void ahead(int number, const Step& at, int64_t b, int64_t u, int64_t units) const {
     if (number != 0) return;
     ask_for(p.gates_x, at.place, b, at.s, u, units, 4, layer.hidden);
-    if (p.gates.data == nullptr || layer.hidden * sizeof(T) % 64 == 0) return;
+    if (p.gates.data == nullptr) return;
     ask_to_write(p.gates, at.place, b, at.s, u, units, 4, layer.hidden);
-    ask_to_write(p.cells, at.place, b, at.s, u, units, 1, 0);
-    if (!projected) ask_to_write(this->y, at.place, b, at.s, u, units, 1, 0);
+    ask_to_write(p.cells, at.place, b, at.s, u, units, 1, layer.hidden);
+    if (!projected) ask_to_write(this->y, at.place, b, at.s, u, units, 1, layer.hidden);
   }
 
   template <class M>

@@ -261,12 +261,7 @@ class Product {
     const int64_t bytes = vectors_of(block) * Vec<T>::kWidth * static_cast<int64_t>(sizeof(T));
     const T* out = static_cast<const T*>(r.out) + (c.n * p_.m + first) * r.l +
                    blocks_[right_of(block)].first_unit(own_block(block));
-    for (int m = 0; m < rows; ++m, out += r.l) {
-      for (int64_t line = 0; line < bytes; line += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(out) + line, 1, 3);
-      }
-      __builtin_prefetch(reinterpret_cast<const char*>(out) + bytes - 1, 1, 3);
-    }
+    for (int m = 0; m < rows; ++m, out += r.l) ask_lines_to_write(out, bytes);
   }
 
   // One block, whose panel is `weights`, of a group of rows, the part's `own`-th.
@@ -287,7 +282,7 @@ class Product {
       const int64_t deep = c.depth - k < kSliceK ? c.depth - k : kSliceK;
       for (int64_t m = 0; m < all; m += high) {
         const int rows = lanes_at(all, m, high);
-        if (kAsksForResult && k + deep == c.depth) {
+        if (kAsksToWrite && k + deep == c.depth) {
           ask_for_result(c, block, group * group_rows_ + m, rows);
         }
         tile_product<T>(rows, vectors, a + m * row + k * column, row, column, weights + k * width,

@@ -107,16 +107,23 @@ FN void ask_for(const Rows& rows, int64_t t, int64_t b, int64_t s, int64_t u, in
   }
 }
 
-// As ask_for, of values that are to be written: where stores wait for their lines.
+// Asks for the lines of so many bytes that are to be written.
+FN void ask_lines_to_write(const void* data, int64_t bytes) {
+  const char* at = static_cast<const char*>(data);
+  for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte, 1, 3);
+  __builtin_prefetch(at + bytes - 1, 1, 3);
+}
+
+// As ask_for, of values that are to be written: where stores wait for their lines and units do not
+// fill lines, so that every other store waits for two. (Else asking takes what it spares.)
 FN void ask_to_write(const Rows& rows, int64_t t, int64_t b, int64_t s, int64_t u, int64_t units,
                      int parts, int64_t hidden) {
-  if (!kAsksForResult || rows.data == nullptr) return;
-  const int64_t size = size_of(rows.dtype), bytes = units * size;
+  const int64_t size = size_of(rows.dtype);
+  if (!kAsksToWrite || rows.data == nullptr || hidden * size % 64 == 0) return;
   const char* at = static_cast<const char*>(rows.data) +
                    (t * rows.step + b * rows.row + s * rows.entry + u) * size;
   for (int part = 0; part < parts; ++part, at += hidden * size) {
-    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte, 1, 3);
-    __builtin_prefetch(at + bytes - 1, 1, 3);
+    ask_lines_to_write(at, units * size);
   }
 }
 

@@ -76,8 +76,8 @@ struct Span {
   int64_t from, to, u;
   int vectors;
 
-  // Calls each(b, u, lanes, own, v) for every row and its v-th vector; `sums` has kGates vectors for
-  // each.
+  // Calls each(b, u, lanes, own, v) for every row and its v-th vector; `sums` has kGates vectors
+  // for each.
   template <class T, int kGates, class Each>
   FN void each(int64_t units, T* sums, const Each& each) const {
     constexpr int kWidth = Vec<T>::kWidth;

@@ -69,9 +69,9 @@ struct Vec<double> {
   }
 };
 
-// Whether lines of a product's result are asked for ahead: stores that miss fill the few places for
+// Whether lines that are written are asked for ahead: stores that miss fill the few places for
 // them (on an AMD Zen 3; on a Xeon with AVX-512 asking takes more than it spares).
-constexpr bool kAsksForResult = true;
+constexpr bool kAsksToWrite = true;
 constexpr bool kStoresPast = false;  // a vector is less than a line
 FN void fence() {}
 

@@ -38,7 +38,7 @@ struct Vec<double> {
 };
 
 // A vector is a line, which can be written past the caches.
-constexpr bool kAsksForResult = false;
+constexpr bool kAsksToWrite = false;
 constexpr bool kStoresPast = true;
 FN void fence() { _mm_sfence(); }
 

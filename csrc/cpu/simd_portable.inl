@@ -45,7 +45,7 @@ struct Vec {
   }
 };
 
-constexpr bool kAsksForResult = false;
+constexpr bool kAsksToWrite = false;
 constexpr bool kStoresPast = false;  // a vector is less than a line
 FN void fence() {}
 
