@@ -12,6 +12,7 @@ from fused_rnn import backends, models
 
 FLAVOURS = ["LSTM", "GRU", "RNN"]
 layers = torch.ops.fused_rnn.cpu_layers.default
+AMX = 3  # cpu_isa()
 
 
 def flat(result):
@@ -61,6 +62,28 @@ def test_same_bits(taken, flavour, proj, dtype):
                 for a, b in zip(found, flat(module(x, hx, **more)), strict=True):
                     assert torch.equal(a, b) and a.dtype == b.dtype and a.stride() == b.stride()
                 assert len(taken) == before + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("size, hidden", [(1, 57), (20, 20), (37, 150), (530, 24)])
+def test_16_bits_are_float32_of_the_same_numbers(flavour, size, hidden, dtype):
+    """To the bit, but where the tile unit multiplies: no less than its two parts hold."""
+    torch.manual_seed(0)
+    module = getattr(fused_rnn, flavour)(size, hidden, dtype=dtype, bidirectional=True)
+    twin = getattr(fused_rnn, flavour)(size, hidden, bidirectional=True)
+    twin.load_state_dict(module.state_dict())
+    for steps, rows in ((1, 1), (1, 5), (1, 8), (1, 40), (3, 1), (9, 40), (20, 70)):
+        x, hx = torch.randn(steps, rows, size).to(dtype), states(module, rows)
+        wide = tuple(h.float() for h in hx) if flavour == "LSTM" else hx.float()
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                found, expected = flat(module(x, hx)), flat(twin(x.float(), wide))
+            for a, b in zip(found, expected, strict=True):
+                if torch.ops.fused_rnn.cpu_isa() == AMX and steps > 1:
+                    torch.testing.assert_close(a, b.to(dtype), atol=2e-2, rtol=2e-2)
+                else:
+                    assert torch.equal(a, b.to(dtype)), (steps, rows, grad)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -200,18 +200,36 @@ struct Blocks {
 };
 
 // square[i] lane l = column i of unit l, from element `at` on, of `lanes` units whose weights lie
-// one after another (column == 1); zero beyond them, and beyond `wide` columns.
+// one after another (column == 1); zero beyond them, and beyond `wide` columns. Out of line: for
+// the ends of rows and of units.
 template <class T>
-FN void load_square(const Weights& w, int64_t at, int lanes, int wide,
-                    Vec<T> (&square)[Vec<T>::kWidth]) {
+__attribute__((noinline)) void load_square(const Weights& w, int64_t at, int lanes, int wide,
+                                           Vec<T>* square) {
   constexpr int kWidth = Vec<T>::kWidth;
-  if (lanes == kWidth && wide == kWidth && w.dtype == kNative<T>) {
-    return load_transposed(static_cast<const T*>(w.data) + at, w.unit, square);
+  Vec<T> rows[kWidth];
+  by_type<T>(w.dtype, [&](auto type) FN_LAMBDA {
+    for (int l = 0; l < kWidth; ++l) {
+      rows[l] = load_as<type.kValue, T>(w.data, l < lanes ? at + l * w.unit : at, wide);
+      if (l >= lanes) rows[l] = Vec<T>(T(0));
+    }
+  });
+  transpose(rows);
+  for (int i = 0; i < kWidth; ++i) square[i] = rows[i];
+}
+
+// pack_vector of whole squares of weights of kType; the number of columns.
+template <DType kType, class T>
+FN int64_t pack_squares(const Weights& w, int64_t at, T* panel, int64_t step) {
+  using S = Square<kType, T>;
+  const int64_t size = size_of(kType);
+  const char* rows = static_cast<const char*>(w.data) + at * size;
+  int64_t k = 0;
+  for (; k + S::kColumns <= w.depth; k += S::kColumns) {
+    const S square(rows + k * size, w.unit * size);
+#pragma GCC unroll 32
+    for (int i = 0; i < S::kColumns; ++i) square[i].store(panel + (k + i) * step);
   }
-  for (int l = 0; l < kWidth; ++l) {
-    square[l] = l < lanes ? load<T>(w.data, w.dtype, at + l * w.unit, wide) : Vec<T>(T(0));
-  }
-  transpose(square);
+  return k;
 }
 
 // panel[k][kWidth], k in [0, depth), at stride `step`: the lanes are `lanes` units from `at` on.
@@ -224,16 +242,17 @@ void pack_vector(const Weights& w, int64_t at, int lanes, T* panel, int64_t step
       load<T>(w.data, w.dtype, at + k * w.column, lanes).store(panel + k * step);
     }
   } else if (w.column == 1) {
-    for (int64_t k = 0; k < w.depth; k += kWidth) {
-      const int wide = w.depth - k < kWidth ? static_cast<int>(w.depth - k) : kWidth;
+    int64_t k = 0;
+    if (lanes == kWidth) {
+      k = by_type<T>(w.dtype, [&](auto type) FN_LAMBDA {
+        return pack_squares<type.kValue>(w, at, panel, step);
+      });
+    }
+    for (; k < w.depth; k += kWidth) {
+      const int wide = lanes_at(w.depth, k, kWidth);
       V square[kWidth];
       load_square(w, at + k, lanes, wide, square);
-      if (wide == kWidth) {
-#pragma GCC unroll 16
-        for (int i = 0; i < kWidth; ++i) square[i].store(panel + (k + i) * step);
-      } else {
-        for (int i = 0; i < wide; ++i) square[i].store(panel + (k + i) * step);
-      }
+      for (int i = 0; i < wide; ++i) square[i].store(panel + (k + i) * step);
     }
   } else {
     alignas(64) T one[kWidth] = {};
@@ -246,54 +265,68 @@ void pack_vector(const Weights& w, int64_t at, int lanes, T* panel, int64_t step
   }
 }
 
-// total[m * step + v] (+)= the sums over `deep` terms of kRows rows of x, `ld` apart, and kVectors
-// vectors of units; one square of weights at a time, so that kRows * kVectors chains of sums run
-// side by side.
-template <class T, int kRows, int kVectors>
+// total[m * step + v] = the sums over all terms of kRows rows of x, `ld` apart, and kVectors
+// vectors of units, whose weights, of kType, begin at from[v]. One square of weights at a time, so
+// that kRows * kVectors chains of sums run side by side.
+template <DType kType, class T, int kRows, int kVectors>
 FN void direct_sums(const Weights& w, const int64_t* from, const int* lanes, const T* x, int64_t ld,
-                    int64_t deep, Vec<T>* total, int step, bool add) {
+                    int64_t terms, Vec<T>* total, int step) {
   using V = Vec<T>;
+  using S = Square<kType, T>;
   constexpr int kWidth = V::kWidth;
-  V sum[kRows][kVectors], square[kWidth];
-#pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m) {
+  const int64_t size = size_of(kType), row = w.unit * size;
+  const bool whole = lanes[kVectors - 1] == kWidth;  // and so those before
+  const char* at[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[m][v] = V(T(0));
-  }
-  for (int64_t k = 0; k < deep; k += kWidth) {
-    const int wide = deep - k < kWidth ? static_cast<int>(deep - k) : kWidth;
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      load_square(w, from[v] + k, lanes[v], wide, square);
-      if (wide == kWidth) {
-#pragma GCC unroll 16
-        for (int i = 0; i < kWidth; ++i) {
+  for (int v = 0; v < kVectors; ++v) at[v] = static_cast<const char*>(w.data) + from[v] * size;
+  for (int64_t k = 0; k < w.depth; k += terms) {
+    const int64_t end = w.depth - k < terms ? w.depth : k + terms;
+    V sum[kRows][kVectors];
 #pragma GCC unroll 8
-          for (int m = 0; m < kRows; ++m) {
-            sum[m][v] = fma(V(x[m * ld + k + i]), square[i], sum[m][v]);
-          }
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[m][v] = V(T(0));
+    }
+    int64_t i = k;
+    for (; whole && i + S::kColumns <= end; i += S::kColumns) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const S square(at[v], row);
+        at[v] += S::kColumns * size;
+#pragma GCC unroll 32
+        for (int c = 0; c < S::kColumns; ++c) {
+          const V units = square[c];
+#pragma GCC unroll 8
+          for (int m = 0; m < kRows; ++m) sum[m][v] = fma(V(x[m * ld + i + c]), units, sum[m][v]);
         }
-      } else {
-        for (int i = 0; i < wide; ++i) {
+      }
+    }
+    for (; i < end; i += kWidth) {
+      const int wide = lanes_at(end, i, kWidth);
+      for (int v = 0; v < kVectors; ++v) {
+        V square[kWidth];
+        load_square(w, from[v] + i, lanes[v], wide, square);
+        for (int c = 0; c < wide; ++c) {
 #pragma GCC unroll 8
           for (int m = 0; m < kRows; ++m) {
-            sum[m][v] = fma(V(x[m * ld + k + i]), square[i], sum[m][v]);
+            sum[m][v] = fma(V(x[m * ld + i + c]), square[c], sum[m][v]);
           }
         }
       }
     }
-  }
 #pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m) {
+    for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      V& to = total[m * step + v];
-      to = add ? to + sum[m][v] : sum[m][v];
+      for (int v = 0; v < kVectors; ++v) {
+        V& to = total[m * step + v];
+        to = k > 0 ? to + sum[m][v] : sum[m][v];
+      }
     }
   }
 }
 
-// As direct_sums, for weights whose units lie side by side (unit == 1).
+// total[m * step] (+)= the sums over `deep` terms of kRows rows of x, `ld` apart, and a vector of
+// units whose weights lie side by side (unit == 1).
 template <class T, int kRows>
 FN void direct_sums_beside(const Weights& w, int64_t from, int lanes, const T* x, int64_t ld,
                            int64_t deep, Vec<T>* total, int step, bool add) {
@@ -313,7 +346,7 @@ FN void direct_sums_beside(const Weights& w, int64_t from, int lanes, const T* x
   }
 }
 
-// total[m * step + v] = direct_sums of all terms, for `vectors` of up to kVectors vectors.
+// direct_sums of `vectors` of up to kVectors vectors.
 template <class T, int kRows, int kVectors>
 FN void direct_vectors(int vectors, const Weights& w, const int64_t* from, const int* lanes,
                        const T* x, int64_t ld, int64_t terms, Vec<T>* total, int step) {
@@ -322,13 +355,9 @@ FN void direct_vectors(int vectors, const Weights& w, const int64_t* from, const
       return direct_vectors<T, kRows, kVectors - 1>(vectors, w, from, lanes, x, ld, terms, total,
                                                     step);
     }
-    int64_t at[kVectors];
-    for (int v = 0; v < kVectors; ++v) at[v] = from[v];
-    for (int64_t k = 0; k < w.depth; k += terms) {
-      const int64_t deep = w.depth - k < terms ? w.depth - k : terms;
-      direct_sums<T, kRows, kVectors>(w, at, lanes, x + k, ld, deep, total, step, k > 0);
-      for (int v = 0; v < kVectors; ++v) at[v] += terms;
-    }
+    by_type<T>(w.dtype, [&](auto type) FN_LAMBDA {
+      direct_sums<type.kValue, T, kRows, kVectors>(w, from, lanes, x, ld, terms, total, step);
+    });
   }
 }
 

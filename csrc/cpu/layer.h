@@ -79,12 +79,6 @@ inline void add_biases(const void* b_ih, const void* b_hh, DType io, int64_t n, 
   }
 }
 
-// Whether scans of a layer can project its input themselves, I and P values a step.
-inline bool may_project(int64_t steps, DType io, DType acc, int64_t inputs, int64_t out) {
-  if (inputs == 0 || inputs > kMaxInput) return false;
-  return io == acc || scan_by_tiles(steps, io, std::min(inputs, out));
-}
-
 // A forward scan of any cell with the projection of its input; what the cell has not stays null.
 struct AnyForward {
   Layer layer;
@@ -126,15 +120,14 @@ struct AnyForward {
   // spares the threads a meeting.
   bool projects_itself(int64_t width, DType acc) const {
     const DType io = input.w_ih.dtype;
-    if (input.x.dtype != io || !may_project(layer.steps, io, acc, input.size, layer.out)) {
-      return false;
-    }
+    if (input.x.dtype != io || input.size == 0 || input.size > kMaxInput) return false;
     if (layer.steps == 1 && layer.batch <= kDirectRows) return true;
     if (input.places.all(layer) <= kDirectRows) return false;
     const int64_t threads = thread_count(), stack = layer.stack;
     const int64_t batch = input.places.all(layer) / layer.steps;
     const int64_t rows = batch / (threads > stack ? threads / stack : 1);
-    const int64_t bytes = width * (layer.out + input.size) * size_of(io);
+    const bool tiles = scan_by_tiles(layer.steps, io, std::min(input.size, layer.out));
+    const int64_t bytes = width * (layer.out + input.size) * size_of(tiles ? io : acc);
     return rows >= 6 && (bytes <= kCacheFilled * l2_bytes() || rows >= 32);
   }
 

@@ -16,7 +16,7 @@ class Workspace {
   }
 
  private:
-  void* taken_[8];
+  void* taken_[8] = {};
   int count_ = 0;
 };
 

@@ -9,23 +9,76 @@ FN int lanes_at(int64_t units, int64_t u, int width) {
   return units - u < width ? static_cast<int>(units - u) : width;
 }
 
+// n values of kType from element `at` on; the lanes beyond are zero.
+template <DType kType, class T>
+FN Vec<T> load_as(const void* data, int64_t at, int n) {
+  if constexpr (kType == kNative<T>) {
+    return Vec<T>::load(static_cast<const T*>(data) + at, n);
+  } else {
+    const uint16_t* p = static_cast<const uint16_t*>(data) + at;
+    return kType == DType::kBFloat16 ? load_bf16(p, n) : load_f16(p, n);
+  }
+}
+
+// run(a type's tag), of the types that values of arithmetic in T may have in memory.
+template <DType kType>
+struct Tag {
+  static constexpr DType kValue = kType;
+};
+template <class T, class Run>
+FN auto by_type(DType dtype, const Run& run) {
+  if constexpr (sizeof(T) == 4) {
+    if (dtype == DType::kBFloat16) return run(Tag<DType::kBFloat16>());
+    if (dtype == DType::kFloat16) return run(Tag<DType::kFloat16>());
+  }
+  return run(Tag<kNative<T>>());
+}
+
 // Out of line: conversions are rare and would swell every place that loads.
 __attribute__((noinline)) VecF load_converted(const void* data, DType dtype, int64_t at, int n) {
-  const uint16_t* p = static_cast<const uint16_t*>(data) + at;
-  return dtype == DType::kBFloat16 ? load_bf16(p, n) : load_f16(p, n);
+  return dtype == DType::kBFloat16 ? load_as<DType::kBFloat16, float>(data, at, n)
+                                   : load_as<DType::kFloat16, float>(data, at, n);
 }
 __attribute__((noinline)) void store_converted(VecF x, void* data, DType dtype, int64_t at, int n) {
   uint16_t* p = static_cast<uint16_t*>(data) + at;
   dtype == DType::kBFloat16 ? store_bf16(x, p, n) : store_f16(x, p, n);
 }
 
-// r[i] lane l = element l * stride + i of a matrix: a full square of it, transposed.
+// r[i] lane l = the i-th value of row l; the rows are so many bytes apart.
 template <class T>
-FN void load_transposed(const T* rows, int64_t stride, Vec<T> (&r)[Vec<T>::kWidth]) {
+FN void load_transposed(const char* rows, int64_t bytes, Vec<T> (&r)[Vec<T>::kWidth]) {
 #pragma GCC unroll 16
-  for (int l = 0; l < Vec<T>::kWidth; ++l) r[l] = Vec<T>::load(rows + l * stride);
+  for (int l = 0; l < Vec<T>::kWidth; ++l) {
+    r[l] = Vec<T>::load(reinterpret_cast<const T*>(rows + l * bytes));
+  }
   transpose(r);
 }
+
+// Columns of kWidth rows of a matrix of kType: [i] lane l = column i of row l. Of bfloat16 those of
+// two columns lie in a lane until they are used, which halves the work of transposing.
+template <DType kType, class T>
+struct Square {
+  static constexpr int kWidth = Vec<T>::kWidth;
+  static constexpr bool kPairs = kType == DType::kBFloat16;
+  static constexpr int kColumns = kPairs ? 2 * kWidth : kWidth;
+  Vec<T> lines[kWidth];
+
+  FN Square(const char* rows, int64_t bytes) {
+    if constexpr (kType == kNative<T> || kPairs) {
+      load_transposed(rows, bytes, lines);
+    } else {
+#pragma GCC unroll 16
+      for (int l = 0; l < kWidth; ++l) {
+        lines[l] = load_as<kType, T>(rows + l * bytes, 0, kWidth);
+      }
+      transpose(lines);
+    }
+  }
+  FN Vec<T> operator[](int i) const {
+    if constexpr (kPairs) return i % 2 ? upper_half(lines[i / 2]) : lower_half(lines[i / 2]);
+    return lines[i];
+  }
+};
 
 // n elements from element `at` on; the lanes beyond are zero.
 template <class T>
@@ -94,17 +147,24 @@ FN bool all_plain(const Rows& rows, const More&... more) {
   return true;
 }
 
-// Asks for the values of units [u, u + units) of `parts` gates of a row: memory is slower than the
-// product that comes before they are used.
-FN void ask_for(const Rows& rows, int64_t t, int64_t b, int64_t s, int64_t u, int64_t units,
-                int parts, int64_t hidden) {
-  if (rows.data == nullptr) return;
+// each(address, bytes) for the values of units [u, u + units) of `parts` gates of a row.
+template <class Each>
+FN void each_part(const Rows& rows, int64_t t, int64_t b, int64_t s, int64_t u, int64_t units,
+                  int parts, int64_t hidden, const Each& each) {
   const int64_t size = size_of(rows.dtype);
   const char* at = static_cast<const char*>(rows.data) +
                    (t * rows.step + b * rows.row + s * rows.entry + u) * size;
-  for (int part = 0; part < parts; ++part, at += hidden * size) {
-    for (int64_t byte = 0; byte < units * size; byte += 64) __builtin_prefetch(at + byte, 0, 2);
-  }
+  for (int part = 0; part < parts; ++part, at += hidden * size) each(at, units * size);
+}
+
+// Asks for such values: memory is slower than the product that comes before they are used.
+FN void ask_for(const Rows& rows, int64_t t, int64_t b, int64_t s, int64_t u, int64_t units,
+                int parts, int64_t hidden) {
+  if (rows.data == nullptr) return;
+  const auto ask = [](const char* at, int64_t bytes) FN_LAMBDA {
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte, 0, 2);
+  };
+  each_part(rows, t, b, s, u, units, parts, hidden, ask);
 }
 
 // Asks for the lines of so many bytes that are to be written.
@@ -118,13 +178,9 @@ FN void ask_lines_to_write(const void* data, int64_t bytes) {
 // fill lines, so that every other store waits for two. (Else asking takes what it spares.)
 FN void ask_to_write(const Rows& rows, int64_t t, int64_t b, int64_t s, int64_t u, int64_t units,
                      int parts, int64_t hidden) {
-  const int64_t size = size_of(rows.dtype);
-  if (!kAsksToWrite || rows.data == nullptr || hidden * size % 64 == 0) return;
-  const char* at = static_cast<const char*>(rows.data) +
-                   (t * rows.step + b * rows.row + s * rows.entry + u) * size;
-  for (int part = 0; part < parts; ++part, at += hidden * size) {
-    ask_lines_to_write(at, units * size);
-  }
+  if (!kAsksToWrite || rows.data == nullptr || hidden * size_of(rows.dtype) % 64 == 0) return;
+  each_part(rows, t, b, s, u, units, parts, hidden,
+            [](const char* at, int64_t bytes) FN_LAMBDA { ask_lines_to_write(at, bytes); });
 }
 
 // What the flags say of the rows at one step.

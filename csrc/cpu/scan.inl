@@ -102,6 +102,7 @@ struct Span {
 //   rows<M>(phase, step, span, sums, projected)  epilogue of some rows and units, marked by an M;
 //                                                `projected`: gates_x, or null: they are in memory
 //   input, input_row(place, b), add_bias(...)    forward: what is projected
+//   widens(), widen(place, from, rows, to, ld)   forward: where it is of another type
 //   finish(s, b, u, vectors, tile)               backward: units of phase 0 after the last step
 //   gradients                                    backward: what keeps the gates' gradients, or null
 //   step_before(t, s)                            backward: whose state entered the step
@@ -122,6 +123,10 @@ class Runner {
     const Split split = wanted_ = choose(thread_count());
     Workspace<char> memory;
     if (tiles_) operands_ = memory.take(split.members * 2 * operand_bytes(split));
+    Workspace<T> inputs;
+    if constexpr (!Scan::kBackward) {
+      if (scan_.widens()) widened_ = inputs.take(split.members * widened_values(split));
+    }
     const auto member = [](void* self, int64_t rank, int64_t members) {
       static_cast<Runner*>(self)->work(rank, members);
     };
@@ -157,6 +162,10 @@ class Runner {
       if (own > depth) depth = own;
     }
     return TileOperand::bytes(most_rows(places_, layer_.batch, split.chunks, layer_.batch), depth);
+  }
+  // Values of a member's rows of the input, where they are widened.
+  int64_t widened_values(const Split& split) const {
+    return most_rows(places_, layer_.batch, split.chunks, layer_.batch) * input_ld();
   }
   // Rows of one of so many chunks at a step, of those that live at some.
   int64_t rows_of(int64_t chunks) const {
@@ -256,7 +265,9 @@ class Runner {
 
   // Where there are fewer members than were wanted. (One has the memory of all for its operands,
   // of all rows.)
-  Split with_fewer(int64_t members) const { return choose(tiles_ ? 1 : members); }
+  Split with_fewer(int64_t members) const {
+    return choose(tiles_ || widened_ != nullptr ? 1 : members);
+  }
 
   // What one of so many threads does, all of which run at the same time.
   void work(int64_t rank, int64_t members) {
@@ -285,7 +296,8 @@ class Runner {
                         Kept{},
                         &unit,
                         &state,
-                        &input};
+                        &input,
+                        widened_ == nullptr ? nullptr : widened_ + rank * widened_values(split)};
       const uint64_t arrived = g == 0 && slices > 1 ? split.members : 0;
       if constexpr (Scan::kBackward) {
         if (scan_.gradients != nullptr) {
@@ -324,6 +336,7 @@ class Runner {
     return ((block + 1) * slices - 1) / count;
   }
 
+  FN int64_t input_ld() const { return padded_row<T>(scan_.phase[0].projection.depth()); }
   FN int64_t step_at(int64_t i, int64_t s) const {
     const bool down = (layer_.reverse[s] != 0) != Scan::kBackward;
     return down ? layer_.steps - 1 - i : i;
@@ -337,6 +350,7 @@ class Runner {
     Kept kept;  // where a backward step leaves the gates' gradients
     const TileUnit* unit;
     TileOperand *state, *input;  // the operands of the phase at hand, for the unit
+    T* widened;                  // the rows of its input, input_ld() apart, in T; null: they are
   };
 
   // A share, start to end; `arrived` have met before.
@@ -391,13 +405,13 @@ class Runner {
     const int64_t all = count * (share.slice + 1) / share.slices - first;
     const auto block = [&](int64_t k) FN_LAMBDA { return first + (i & 1 ? all - 1 - k : k); };
     if (share.to == share.from) return;
-    if (tiles_) take_operands(p, i, share);
+    if (tiles_ || share.widened != nullptr) take_operands(p, i, share);
     for (int64_t k = 0; k < all; ++k) {
       tiles(p, i, share, block(k), block(k + 1 < all ? k + 1 : k));
     }
   }
 
-  // A share's rows of what a phase multiplies, for the tile unit.
+  // A share's rows of what a phase multiplies, for the tile unit or widened.
   void take_operands(int p, int64_t i, const Share& share) const {
     const Phase<T>& phase = scan_.phase[p];
     const int64_t rows = share.to - share.from;
@@ -406,11 +420,14 @@ class Runner {
       share.state->take(from, kNative<T>, 0, phase.operand.ld, rows, phase.recurrent.depth());
     }
     if constexpr (!Scan::kBackward) {
-      if (phase.projection.parts == 0) return;
       const Rows& x = scan_.input.x;
-      const int64_t place = places_.at(step_at(i, share.s));
-      share.input->take(x.data, x.dtype, place * x.step + share.from * x.row, x.row, rows,
-                        phase.projection.depth());
+      const int64_t place = places_.at(step_at(i, share.s)), deep = phase.projection.depth();
+      if (phase.projection.parts > 0) {
+        const int64_t at = place * x.step + share.from * x.row;
+        share.input->take(x.data, x.dtype, at, x.row, rows, deep);
+      } else if (share.widened != nullptr && deep > 0) {
+        scan_.widen(place, share.from, rows, share.widened, input_ld());
+      }
     }
   }
 
@@ -450,14 +467,19 @@ class Runner {
     if constexpr (!Scan::kBackward) {
       multiplied = last_active(t, from, to);
       projects = w_ih.depth() > 0;
+      const T* x = nullptr;  // by tiles
+      int64_t x_ld = scan_.input.x.row;
+      if (share.widened != nullptr) {
+        x_ld = input_ld(), x = share.widened + (from - share.from) * x_ld;
+      } else if (projects && w_ih.parts == 0) {
+        x = scan_.input_row(at.place, from);
+      }
       if (projects && direct_) {
         direct_product<T>(static_cast<int>(to - from), w_ih.weights, s * w_ih.entry, w_ih.blocks,
-                          block, scan_.input_row(at.place, from), scan_.input.x.row, w_ih.terms,
-                          projected);
+                          block, x, x_ld, w_ih.terms, projected);
       } else if (projects) {
-        const T* x = w_ih.parts > 0 ? nullptr : scan_.input_row(at.place, from);
-        multiply(w_ih, share, share.input, t, s, block, x, scan_.input.x.row, own, from, multiplied,
-                 projected, [](int64_t, int64_t) FN_LAMBDA {});
+        multiply(w_ih, share, share.input, t, s, block, x, x_ld, own, from, multiplied, projected,
+                 [](int64_t, int64_t) FN_LAMBDA {});
       }
       if (projects) {
         scan_.add_bias(s, u, units, (direct_ ? to : multiplied) - from, projected);
@@ -565,6 +587,7 @@ class Runner {
   const bool direct_;         // weights are multiplied by where they are
   const bool tiles_;          // on the tile unit
   char* operands_ = nullptr;  // of all members
+  T* widened_ = nullptr;      // likewise, where the input is widened
   Split wanted_;
   Meeting* meetings_ = nullptr;
 };

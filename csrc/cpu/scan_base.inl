@@ -75,6 +75,20 @@ struct ForwardScan {
   FN const T* input_row(int64_t place, int64_t b) const {
     return static_cast<const T*>(input.x.data) + place * input.x.step + b * input.x.row;
   }
+  // Whether vectors multiply an input of another type than theirs.
+  FN bool widens() const {
+    const Panels<T>& w = phase[0].projection;
+    return w.depth() > 0 && w.parts == 0 && input.x.dtype != kNative<T>;
+  }
+  // to [rows of ld] = rows [from, from + rows) of the input at a place.
+  void widen(int64_t place, int64_t from, int64_t rows, T* to, int64_t ld) const {
+    const LinesOf<T, false> x(input.x, place, 0);
+    for (int64_t b = 0; b < rows; ++b, to += ld) {
+      for (int64_t k = 0; k < input.size; k += kWidth) {
+        x.load(from + b, k, lanes_at(input.size, k, kWidth)).store(to + k);
+      }
+    }
+  }
   FN const Places& places() const { return input.places; }
   // sums [rows][vector of units][gate] += the projection's bias, of units from u on.
   FN void add_bias(int64_t s, int64_t u, int vectors, int64_t rows, T* sums) const {

@@ -149,9 +149,9 @@ FN void transpose(VecD (&r)[8]) {
   }
 }
 
-// r[i] lane l = rows[l * stride + i]: a square of a matrix, transposed. Rows l and l + 8 share a
-// register from the load on, which spares a quarter of transpose's shuffles.
-FN void load_transposed(const float* rows, int64_t stride, VecF (&r)[16]) {
+// As the general one (rows.inl). Rows l and l + 8 share a register from the load on, which spares a
+// quarter of transpose's shuffles.
+FN void load_transposed(const char* rows, int64_t bytes, VecF (&r)[16]) {
   const __m512i even = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
   const __m512i odd = _mm512_setr_epi32(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
 #pragma GCC unroll 2
@@ -159,9 +159,11 @@ FN void load_transposed(const float* rows, int64_t stride, VecF (&r)[16]) {
     __m512 z[8], t[8], u[8];
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
-      const float* at = rows + j * stride + 8 * half;
-      const __m512 first = _mm512_castps256_ps512(_mm256_loadu_ps(at));
-      z[j] = _mm512_insertf32x8(first, _mm256_loadu_ps(at + 8 * stride), 1);
+      const auto part = [&](int l) FN_LAMBDA {
+        return reinterpret_cast<const float*>(rows + l * bytes) + 8 * half;
+      };
+      const __m512 first = _mm512_castps256_ps512(_mm256_loadu_ps(part(j)));
+      z[j] = _mm512_insertf32x8(first, _mm256_loadu_ps(part(j + 8)), 1);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
@@ -187,6 +189,14 @@ FN void load_transposed(const float* rows, int64_t stride, VecF (&r)[16]) {
   }
 }
 
+// Of two bfloat16 in a lane, as float32.
+FN VecF lower_half(VecF x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 16));
+}
+FN VecF upper_half(VecF x) {
+  const __m512i high = _mm512_set1_epi32(~0xffff);
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x.v), high));
+}
 FN VecF load_bf16(const uint16_t* p, int n) {
   const __m256i x = _mm256_maskz_loadu_epi16(VecF::mask(n), p);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));

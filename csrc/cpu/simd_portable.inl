@@ -167,6 +167,9 @@ FN uint16_t float_to_half(float x) {
   const uint32_t odd = (rest >> 13) & 1u;
   return static_cast<uint16_t>(sign | ((rest - 0x38000000u + 0xfffu + odd) >> 13));
 }
+// Of two bfloat16 in a lane, as float32.
+FN VecF lower_half(VecF x) { return (VecF::Lanes)((VecF::Bits)x.v << 16); }
+FN VecF upper_half(VecF x) { return (VecF::Lanes)((VecF::Bits)x.v & ~0xffff); }
 FN VecF load_bf16(const uint16_t* p, int n) {
   VecF r(0.0f);
   for (int i = 0; i < n; ++i) r.v[i] = from_bits(static_cast<uint32_t>(p[i]) << 16);

@@ -100,13 +100,6 @@ struct Items {
   int64_t at, item, column;
 };
 
-template <DType kType>
-FN VecF load_items(const void* data, int64_t at, int n) {
-  if (kType == DType::kFloat32) return VecF::load(static_cast<const float*>(data) + at, n);
-  const uint16_t* p = static_cast<const uint16_t*>(data) + at;
-  return kType == DType::kBFloat16 ? load_bf16(p, n) : load_f16(p, n);
-}
-
 // The tiles of 16 items, `lanes` of which there are, and of 32 terms, `deep` of which there are,
 // one for each part, kPanelBytes apart; zero elsewhere. A left operand's tile is [item][pair of
 // k], a right one's [pair of k][item].
@@ -127,7 +120,7 @@ __attribute__((noinline)) void pack_tiles(const Items& of, int lanes, int deep, 
   if (across) {
     for (int i = 0; i < kWidth; ++i) {
       const auto row = [&](int k) FN_LAMBDA {
-        return load_items<kType>(of.data, of.at + k * of.column, k < deep ? lanes : 0);
+        return load_as<kType, float>(of.data, of.at + k * of.column, k < deep ? lanes : 0);
       };
       put(i, row(2 * i), row(2 * i + 1), false);
     }
@@ -136,12 +129,12 @@ __attribute__((noinline)) void pack_tiles(const Items& of, int lanes, int deep, 
     for (int i = 0; i < kWidth; ++i) {
       const int64_t at = of.at + i * of.item;
       if (of.column == 1 || i >= lanes) {
-        put(i, load_items<kType>(of.data, at, i < lanes ? low : 0),
-            load_items<kType>(of.data, at + kWidth, i < lanes ? high : 0), true);
+        put(i, load_as<kType, float>(of.data, at, i < lanes ? low : 0),
+            load_as<kType, float>(of.data, at + kWidth, i < lanes ? high : 0), true);
       } else {
         alignas(64) float row[kTileDepth] = {};
         for (int k = 0; k < deep; ++k) {
-          load_items<kType>(of.data, at + k * of.column, 1).store(row + k, 1);
+          load_as<kType, float>(of.data, at + k * of.column, 1).store(row + k, 1);
         }
         put(i, VecF::load(row), VecF::load(row + kWidth), true);
       }
@@ -355,8 +348,8 @@ struct TileOperand {
       for (int64_t k = 0; k < depth; k += kTileDepth) {
         const int terms = lanes_at(depth, k, kTileDepth), low = terms < kWidth ? terms : kWidth;
         __m512i first[3], second[3];
-        cut(load_items<kType>(from, at + k, low).v, kParts, first);
-        cut(load_items<kType>(from, at + k + kWidth, terms - low).v, kParts, second);
+        cut(load_as<kType, float>(from, at + k, low).v, kParts, first);
+        cut(load_as<kType, float>(from, at + k + kWidth, terms - low).v, kParts, second);
 #pragma GCC unroll 2
         for (int p = 0; p < kParts; ++p, to += rows * kTileRow) {
           _mm512_store_si512(to, pairs_along(first[p], second[p]));

@@ -84,9 +84,8 @@ struct SegmentStarts {
 };
 
 // The input of a forward scan that projects it itself: gates_x, which it then does not read, is
-// x w_ih^T + bias. Not for a GRU with the reset gate before the product; bias, and unless
-// scan_by_tiles holds for w_ih and w_hh also x and w_ih, are of the arithmetic's dtype. Bits are
-// those of run_matmul.
+// x w_ih^T + bias. Not for a GRU with the reset gate before the product; bias is of the
+// arithmetic's dtype. Bits are those of run_matmul.
 struct Input {
   int64_t size = 0;    // I, up to kMaxInput; 0: there is none
   Rows x, w_ih, bias;  // [T, B, I] [S, G*H, I] [S, G*H] (may be null)
