@@ -168,6 +168,8 @@ def layer(kind, size, hidden, dtype, **options):
         ("LSTM", 64, 80, {"proj_size": 40}),
         ("LSTM", 64, 80, {"proj_size": 8}),
         ("LSTM", 12, 30, {"proj_size": 8}),
+        ("LSTM", 20, 64, {}),
+        ("GRU", 13, 40, {"bidirectional": True}),
         ("GRU", 100, 100, {"bidirectional": True}),
         ("RNN", 32, 33, {}),
         ("RNN", 70, 150, {"num_layers": 2}),

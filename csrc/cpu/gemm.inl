@@ -274,6 +274,7 @@ FN void direct_sums(const Weights& w, const int64_t* from, const int* lanes, con
   using V = Vec<T>;
   using S = Square<kType, T>;
   constexpr int kWidth = V::kWidth;
+  static_assert(kBlockK % S::kColumns == 0, "only the last block may have more than squares");
   const int64_t size = size_of(kType), row = w.unit * size;
   const bool whole = lanes[kVectors - 1] == kWidth;  // and so those before
   const char* at[kVectors];
@@ -388,8 +389,9 @@ __attribute__((noinline)) void direct_rows(const Weights& w, int64_t at, const B
   }
   // Of one row as many vectors side by side as the registers hold; of more, their sums are many.
   constexpr int kMost = kRows > 1 ? 1 : FUSED_RNN_REGISTERS >= 32 ? 4 : 2;
-  for (int v = 0; w.unit != 1 && v < vectors; v += kMost) {
-    const int count = vectors - v < kMost ? vectors - v : kMost;
+  for (int v = 0, count = 0; w.unit != 1 && v < vectors; v += count) {
+    count = vectors - v < kMost ? vectors - v : kMost;
+    while (count > 1 && lanes[v + count - 1] < kWidth) --count;  // the last by itself
     direct_vectors<T, kRows, kMost>(count, w, from + v, lanes + v, x, ld, terms, total + v,
                                     vectors);
   }

@@ -75,7 +75,7 @@ struct Square {
     }
   }
   FN Vec<T> operator[](int i) const {
-    if constexpr (kPairs) return i % 2 ? upper_half(lines[i / 2]) : lower_half(lines[i / 2]);
+    if constexpr (kPairs) return i % 2 ? second_half(lines[i / 2]) : first_half(lines[i / 2]);
     return lines[i];
   }
 };

@@ -266,7 +266,10 @@ class Runner {
   // Where there are fewer members than were wanted. (One has the memory of all for its operands,
   // of all rows.)
   Split with_fewer(int64_t members) const {
-    return choose(tiles_ || widened_ != nullptr ? 1 : members);
+    if (tiles_) return choose(1);
+    const Split fewer = choose(members);
+    const auto widened = [&](const Split& split) { return split.members * widened_values(split); };
+    return widened_ != nullptr && widened(fewer) > widened(wanted_) ? choose(1) : fewer;
   }
 
   // What one of so many threads does, all of which run at the same time.
@@ -350,7 +353,7 @@ class Runner {
     Kept kept;  // where a backward step leaves the gates' gradients
     const TileUnit* unit;
     TileOperand *state, *input;  // the operands of the phase at hand, for the unit
-    T* widened;                  // the rows of its input, input_ld() apart, in T; null: they are
+    T* widened;                  // rows of its input in T, input_ld() apart; null: not needed
   };
 
   // A share, start to end; `arrived` have met before.

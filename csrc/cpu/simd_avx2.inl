@@ -173,11 +173,11 @@ FN void store_u16(__m128i x, uint16_t* p, int n) {
   _mm_store_si128(reinterpret_cast<__m128i*>(part), x);
   for (int i = 0; i < n; ++i) p[i] = part[i];
 }
-// Of two bfloat16 in a lane, as float32.
-FN VecF lower_half(VecF x) {
+// Of two bfloat16 in a lane the first or second in memory, as float32.
+FN VecF first_half(VecF x) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x.v), 16));
 }
-FN VecF upper_half(VecF x) {
+FN VecF second_half(VecF x) {
   return _mm256_and_ps(x.v, _mm256_castsi256_ps(_mm256_set1_epi32(~0xffff)));
 }
 FN VecF load_bf16(const uint16_t* p, int n) {

@@ -189,11 +189,11 @@ FN void load_transposed(const char* rows, int64_t bytes, VecF (&r)[16]) {
   }
 }
 
-// Of two bfloat16 in a lane, as float32.
-FN VecF lower_half(VecF x) {
+// Of two bfloat16 in a lane the first or second in memory, as float32.
+FN VecF first_half(VecF x) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 16));
 }
-FN VecF upper_half(VecF x) {
+FN VecF second_half(VecF x) {
   const __m512i high = _mm512_set1_epi32(~0xffff);
   return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x.v), high));
 }

@@ -167,9 +167,14 @@ FN uint16_t float_to_half(float x) {
   const uint32_t odd = (rest >> 13) & 1u;
   return static_cast<uint16_t>(sign | ((rest - 0x38000000u + 0xfffu + odd) >> 13));
 }
-// Of two bfloat16 in a lane, as float32.
-FN VecF lower_half(VecF x) { return (VecF::Lanes)((VecF::Bits)x.v << 16); }
-FN VecF upper_half(VecF x) { return (VecF::Lanes)((VecF::Bits)x.v & ~0xffff); }
+// Of two bfloat16 in a lane the first or second in memory, as float32.
+constexpr bool kFirstIsLow = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__;
+FN VecF half(VecF x, bool low) {
+  const VecF::Bits bits = (VecF::Bits)x.v;
+  return low ? (VecF::Lanes)(bits << 16) : (VecF::Lanes)(bits & ~0xffff);
+}
+FN VecF first_half(VecF x) { return half(x, kFirstIsLow); }
+FN VecF second_half(VecF x) { return half(x, !kFirstIsLow); }
 FN VecF load_bf16(const uint16_t* p, int n) {
   VecF r(0.0f);
   for (int i = 0; i < n; ++i) r.v[i] = from_bits(static_cast<uint32_t>(p[i]) << 16);
