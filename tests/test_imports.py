@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -119,6 +120,26 @@ def test_every_instruction_set_holds(isa):
         pytest.skip(f"this processor has no {isa}")
     assert status == 0, out + err
     assert "all results hold" in out
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+def test_every_instruction_set_reads_bfloat16(isa):
+    """Which each does with code of its own, in pairs of columns."""
+    status, out, err = run_python(
+        f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import torch
+        from test_infer import test_16_bits_are_float32_of_the_same_numbers as check
+        for cell in ("LSTM", "GRU", "RNN"):
+            for size, hidden in ((1, 57), (37, 150), (530, 24)):
+                check(cell, size, hidden, torch.bfloat16)
+        """,
+        FUSED_RNN_CPU_ISA=isa,
+    )
+    if "which this processor does not have" in err:
+        pytest.skip(f"this processor has no {isa}")
+    assert status == 0, out + err
 
 
 def test_an_unknown_instruction_set_is_refused():

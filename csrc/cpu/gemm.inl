@@ -209,8 +209,7 @@ __attribute__((noinline)) void load_square(const Weights& w, int64_t at, int lan
   Vec<T> rows[kWidth];
   by_type<T>(w.dtype, [&](auto type) FN_LAMBDA {
     for (int l = 0; l < kWidth; ++l) {
-      rows[l] = load_as<type.kValue, T>(w.data, l < lanes ? at + l * w.unit : at, wide);
-      if (l >= lanes) rows[l] = Vec<T>(T(0));
+      rows[l] = load_as<type.kValue, T>(w.data, at + l * w.unit, l < lanes ? wide : 0);
     }
   });
   transpose(rows);

@@ -82,12 +82,16 @@ struct ForwardScan {
   }
   // to [rows of ld] = rows [from, from + rows) of the input at a place.
   void widen(int64_t place, int64_t from, int64_t rows, T* to, int64_t ld) const {
-    const LinesOf<T, false> x(input.x, place, 0);
-    for (int64_t b = 0; b < rows; ++b, to += ld) {
-      for (int64_t k = 0; k < input.size; k += kWidth) {
-        x.load(from + b, k, lanes_at(input.size, k, kWidth)).store(to + k);
+    const Rows& x = input.x;
+    int64_t at = place * x.step + from * x.row;
+    by_type<T>(x.dtype, [&](auto type) FN_LAMBDA {
+      for (int64_t b = 0; b < rows; ++b, at += x.row, to += ld) {
+        for (int64_t k = 0; k < input.size; k += kWidth) {
+          const int n = lanes_at(input.size, k, kWidth);
+          load_as<type.kValue, T>(x.data, at + k, n).store(to + k);
+        }
       }
-    }
+    });
   }
   FN const Places& places() const { return input.places; }
   // sums [rows][vector of units][gate] += the projection's bias, of units from u on.
