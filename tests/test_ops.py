@@ -186,6 +186,7 @@ def test_matmul(backend, sizes, dtype):
     m, k, n = sizes
     device = UNDER_TEST[backend]
     op = ops.family(backend)["matmul"]
+    torch.manual_seed(0)
     a = torch.randn(2, m, k, device=device).to(dtype)
     b = torch.randn(2, k, n, device=device).to(dtype)
     bias = torch.randn(2, n, device=device).to(dtype)
